@@ -1,0 +1,1 @@
+"""A distributed pretraining pipeline that reproduces GPT-2."""
