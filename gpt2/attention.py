@@ -1,0 +1,175 @@
+"""Causal self-attention and its variants: grouped queries, sliding windows, rotary positions, a key-value cache."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for every block; filled in place.
+
+    Args:
+        config: the model's.
+        batch_size: rows.
+        max_length: tokens a row can hold.
+        dtype: of keys and values, the one attention computes in.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ):
+        shape = (config.n_layer, batch_size, config.kv_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.positions = torch.zeros(batch_size, max_length, device=device, dtype=torch.long)
+        self.length = 0  # tokens held; the model advances it once all its blocks have appended
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a row can hold."""
+        return self.keys.size(3)
+
+    def append_positions(self, positions: Tensor) -> Tensor:
+        """Note where in the text the next (B or 1, T) tokens stand; returns (B, S), with those held already."""
+        end = self.length + positions.size(1)
+        self.positions[:, self.length : end] = positions
+        return self.positions[:, :end]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, n_kv_head, T, head_dim) behind what block `layer` holds; returns all of it."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE's angles, each (block_size, head_dim / 2), fp32. Su et al. 2021, equation 15."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + head_dim/2}) of (B, n, T, head_dim) by angles (B or 1, 1, T, head_dim / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def attention_mask(
+    query_positions: Tensor, key_positions: Tensor, window: int | None, mask: Tensor | None = None
+) -> Tensor:
+    """Which key each query sees: not the future, not what lies `window` or more tokens back, only what `mask` allows.
+
+    Args:
+        query_positions: (B or 1, T).
+        key_positions: (B or 1, S).
+        window: keys a query sees, itself included; None: all before it.
+        mask: (B or 1, T, S) bool, a further condition (True: may see), such as padding or packed sequences.
+
+    Returns:
+        (B or 1, 1, T, S) bool.
+    """
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    if mask is not None:
+        visible = visible & mask
+    return visible[:, None]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, as slow as it is readable: softmax(q kᵀ / √head_dim) v in fp32. The oracle of the tests.
+
+    Args:
+        q: (B, n_head, T, head_dim).
+        k: (B, n_kv_head, S, head_dim); each serves n_head / n_kv_head neighbouring query heads.
+        v: as k.
+        mask: (B or 1, 1, T, S) bool, True where a query may look.
+
+    Returns:
+        The mixed values (B, n_head, T, head_dim) in q's dtype, and the weights (B, n_head, T, S), fp32.
+    """
+    groups = q.size(1) // k.size(1)
+    k = k.float().repeat_interleave(groups, dim=1)
+    v = v.float().repeat_interleave(groups, dim=1)
+    scores = q.float() @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, nh, T, S)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return (weights @ v).to(q.dtype), weights
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over the past, from the residual stream back into it."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.window = config.layer_window(layer)
+        self.qk_norm = config.qk_norm
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Mix (B, T, C) over time.
+
+        Args:
+            x: (B, T, C).
+            rotary: cos and sin (B or 1, 1, T, head_dim / 2); None without RoPE.
+            mask: (B or 1, 1, T, S) bool of `attention_mask`; None: every token sees its past in this block's window.
+            cache: earlier keys and values, extended by this call.
+        """
+        B, T, C = x.shape
+        qkv = self.c_attn(x)  # (B, T, (nh + 2 nkv) hs)
+        q, k, v = qkv.split([n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)], dim=-1)
+        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, nkv, T, hs)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, nkv, T, hs)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast computes norms and rotations in fp32
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Pick the backend for (B, nh, T, hs) queries over (B, nkv, S, hs) keys; the one place that does.
+
+        Without a mask the queries are the last T of the S tokens.
+        """
+        T, S = q.size(2), k.size(2)
+        windowed = self.window is not None and self.window < S
+        if mask is None and (windowed or 1 < T < S):
+            positions = torch.arange(S, device=q.device)[None]
+            mask = attention_mask(positions[:, S - T :], positions, self.window)
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,  # a single last token sees everything
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )
