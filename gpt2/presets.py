@@ -1,0 +1,134 @@
+"""The named configurations, and the command line that changes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from gpt2.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from gpt2.errors import UserError
+
+
+def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, micro_batch_size: int, **optim: float) -> Config:
+    return Config(
+        model=ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd),
+        data=DataConfig(micro_batch_size=micro_batch_size),
+        optim=OptimConfig(**optim),  # type: ignore[arg-type]
+        run=RunConfig(run=Path("runs") / name),
+    )
+
+
+def presets() -> dict[str, tuple[str, Config]]:
+    """Every preset's name, with a line that describes it and its configuration."""
+    return {
+        "gpt2": (
+            "GPT-2 124M on 10 B tokens of FineWeb-Edu",
+            # Learning rates of the larger sizes are GPT-3's for models of their size (Brown et al. 2020, table 2.1).
+            _gpt2("gpt2", 12, 12, 768, 64),
+        ),
+        "gpt2-medium": (
+            "GPT-2 350M, the same data",
+            _gpt2("gpt2-medium", 24, 16, 1024, 32, learning_rate=3e-4),
+        ),
+        "gpt2-large": (
+            "GPT-2 774M, the same data",
+            _gpt2("gpt2-large", 36, 20, 1280, 16, learning_rate=2.5e-4),
+        ),
+        "gpt2-xl": (
+            "GPT-2 1558M, the same data; --parallel fsdp where 16 bytes a parameter do not fit",
+            _gpt2("gpt2-xl", 48, 25, 1600, 8, learning_rate=2e-4),
+        ),
+        "quickstart": (
+            "a small GPT on the documentation in Python's own library: minutes on a laptop's CPU",
+            Config(
+                model=ModelConfig(n_layer=6, n_head=4, n_embd=256, block_size=256),
+                data=DataConfig(
+                    data=Path("data/pydocs"), micro_batch_size=16, total_batch_tokens=4096, val_tokens=16_384
+                ),
+                optim=OptimConfig(learning_rate=2e-3, warmup_steps=20),
+                run=RunConfig(
+                    run=Path("runs/quickstart"),
+                    max_steps=220,
+                    eval_every=55,
+                    log_every=5,
+                    hellaswag_limit=40,
+                    num_samples=2,
+                    checkpoint_every=55,
+                ),
+            ),
+        ),
+        "debug": (
+            "a tiny GPT, seconds on anything: to see that all parts run",
+            Config(
+                model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64),
+                data=DataConfig(data=Path("data/pydocs"), micro_batch_size=4, total_batch_tokens=1024, val_tokens=4096),
+                optim=OptimConfig(learning_rate=1e-3, warmup_steps=5),
+                run=RunConfig(
+                    run=Path("runs/debug"),
+                    max_steps=20,
+                    eval_every=10,
+                    log_every=1,
+                    hellaswag_limit=0,
+                    num_samples=1,
+                    sample_tokens=16,
+                    checkpoint_every=10,
+                    compile=False,
+                    wandb="disabled",
+                ),
+            ),
+        ),
+    }
+
+
+def parse_args(argv: Sequence[str]) -> Config:
+    """The configuration a command line asks for.
+
+    The first word is a preset's name, `gpt2` if it is missing; every field is a flag that changes it. `--config PATH`
+    starts from a run's config.json instead of a preset.
+
+    Args:
+        argv: the words after the program's name.
+
+    Raises:
+        UserError: an impossible value, an unknown preset, an unreadable configuration.
+        SystemExit: after --help (0), or a flag or value the command line does not know (2).
+    """
+    import tyro  # a third of a second, which importing the library need not cost
+
+    words = list(argv)
+    named = presets()
+    if "--config" in words:
+        at = words.index("--config")
+        if at + 1 == len(words):
+            raise UserError("--config needs the path of a run's config.json")
+        path = Path(words[at + 1])
+        del words[at : at + 2]
+        if words and not words[0].startswith("-"):
+            raise UserError(f"give either a preset ({words[0]}) or --config {path}, not both")
+        default, program = Config.load(path), "train_gpt2.py --config CONFIG"
+    else:
+        name = words.pop(0) if words and not words[0].startswith("-") else "gpt2"
+        if name not in named:
+            raise UserError(f"unknown preset {name!r}; choose one of {', '.join(named)}")
+        default, program = named[name][1], f"train_gpt2.py {name}"
+    lines = "\n".join(f"  {name:<15}{description}" for name, (description, _) in named.items())
+    description = (
+        "Train a GPT-2. The first word names a preset (gpt2 if there is none):\n"
+        f"{lines}\n"
+        "--config RUN/config.json in its place repeats a run. Each setting below is a flag; the defaults shown are the "
+        "preset's."
+    )
+    # From rank 0 only: torchrun's other processes would say the same of the same words.
+    quiet = os.environ.get("RANK", "0") != "0"
+    config: Config = tyro.cli(
+        Annotated[Config, tyro.conf.OmitArgPrefixes],
+        default=default,
+        args=words,
+        prog=program,
+        description=description,
+        console_outputs=not quiet,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+    return config
