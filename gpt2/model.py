@@ -6,6 +6,8 @@ reader of either finds the same thing here.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -104,6 +106,21 @@ class GPT(nn.Module):
             cos, sin = rotary_tables(config)
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, spec: str | Path, device: torch.device | str = "cpu") -> GPT:
+        """A trained model, in fp32 and evaluation mode.
+
+        Args:
+            spec: a run, a checkpoint, a directory of `transformers`' GPT-2, or a name on the Hugging Face Hub ("gpt2").
+            device: where its weights go.
+
+        Raises:
+            gpt2.errors.UserError: no such model, or one this class cannot compute.
+        """
+        from gpt2.huggingface import load_model, resolve_model  # they import this module
+
+        return load_model(resolve_model(spec), device)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
