@@ -1,0 +1,107 @@
+"""What this machine is: its name, its datasheet peak, its memory in use, the versions a run depends on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense bf16 matrix products with fp32 accumulation, without sparsity, FLOP/s, from NVIDIA's data sheets. The first
+# name that is part of the device's name counts, so "H100 PCIe" stands before "H100".
+PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
+    ("B200", 2250e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker names it, such as "NVIDIA H100 80GB HBM3"; a CPU's model name where it is known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        try:
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        except OSError:
+            pass
+    return platform.processor() or platform.machine()
+
+
+def peak_flops(name: str) -> float | None:
+    """Datasheet peak of a device for dense bf16, FLOP/s; None where it is not known (every CPU).
+
+    Args:
+        name: of `device_name`.
+    """
+    return next((peak for part, peak in PEAK_BF16_FLOPS if part in name), None)
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Largest memory this process has held: of the GPU on one, resident memory on a CPU; None where unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs, with "+changes" where files differ from it; None outside a clone or without git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.strip() + ("+changes" if changes.strip() else "")
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """What a run's figures depend on besides its configuration, as JSON values.
+
+    Args:
+        device: of this process; the others are taken to be alike.
+        world_size: processes of the run.
+    """
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("numpy", "tiktoken", "safetensors"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "world_size": world_size,
+        "cpu_count": os.cpu_count(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "commit": git_commit(),
+        "versions": versions,
+    }

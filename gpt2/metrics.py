@@ -1,0 +1,455 @@
+"""What a run measures and where that goes: `metrics.jsonl`, the console, wandb, TensorBoard.
+
+`RUN/metrics.jsonl` holds one JSON object a line. Every line has "kind", "step" (optimizer steps finished) and "time"
+(Unix seconds); docs/metrics.md lists the rest. A line is one `write`, so a kill tears the last line at most; the file
+is only appended to, and `gpt2.history` reads restarts as one curve. NaN and infinities, which JSON lacks, are the
+strings "NaN", "Infinity" and "-Infinity".
+
+Nothing here may stop training: a full disk or an unreachable server is said once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from gpt2 import reference
+from gpt2.config import Config
+from gpt2.console import Status, open_console
+from gpt2.hardware import environment, memory_bytes, peak_flops
+from gpt2.history import METRICS_FILE, live_lines, parse_lines
+from gpt2.trackers import Guarded, TensorBoard, Tracker, Wandb, new_run_id, resolve_wandb_mode
+
+Phase = Literal["data", "eval", "save"]
+EndReason = Literal["finished", "stopped", "nonfinite", "error"]
+PHASES: tuple[Phase, ...] = ("data", "eval", "save")
+
+SMOOTHING = 0.9
+"""Weight of the past in the bar's smoothed loss, a logged step."""
+
+
+class HellaSwagScores(Protocol):
+    """What is recorded of a HellaSwag evaluation; fractions."""
+
+    @property
+    def acc(self) -> float:
+        """Correct by the sum over tokens."""
+
+    @property
+    def acc_norm(self) -> float:
+        """Correct by the mean."""
+
+    @property
+    def acc_norm_stderr(self) -> float:
+        """Standard error of `acc_norm`."""
+
+    @property
+    def examples(self) -> int:
+        """Examples scored."""
+
+    @property
+    def convention(self) -> str:
+        """ "completion" or "harness"."""
+
+
+class Metrics:
+    """Records a run; rank 0 alone has one.
+
+    Args:
+        run: the run's directory, which exists.
+        config: of the run.
+        flops_per_token: forward and backward, for MFU.
+        device: of this process; the run's other processes are taken to have the same.
+        world_size: processes of the run.
+        start_step: steps finished when this start begins; what was recorded of later steps is superseded.
+        position: of `position()` when the checkpoint was saved that this start goes on from; None: found from
+            start_step, which is the same unless the run once went back to an older checkpoint.
+        dataset: name or source of the data set, which chooses the baselines.
+        peak: FLOP/s of one device; None: the datasheet's, and no MFU where that is unknown.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        config: Config,
+        flops_per_token: float,
+        device: torch.device,
+        world_size: int,
+        start_step: int = 0,
+        position: int | None = None,
+        dataset: str = "",
+        peak: float | None = None,
+    ) -> None:
+        self.run = run
+        self.config = config
+        self.device = device
+        self.tokens_per_step = config.data.total_batch_tokens
+        self.total_steps = config.run.max_steps
+        self.flops_per_token = flops_per_token
+        self.corpus = reference.corpus_of(dataset)
+        self.size = reference.size_of(config.model.n_layer, config.model.n_head, config.model.n_embd)
+        facts = environment(device, world_size)
+        peak = peak_flops(facts["device"]) if peak is None and device.type == "cuda" else peak
+        self.peak = None if peak is None else peak * world_size
+
+        self.console = open_console(self.total_steps, start_step)
+        self.file = _JsonLines(run / METRICS_FILE, self.message)
+        self.closed = False
+        self.last_step = start_step
+        self.smoothed: float | None = None
+        self.tokens_per_second: list[float] = []
+        self._pace: tuple[float, int] | None = None  # (time, step) of the first logged step: before it, compilation
+        self._mark = time.perf_counter()
+        self._spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._phase: Phase | None = None
+
+        settings = config.run
+        mode = resolve_wandb_mode(settings.wandb, self.message)
+        start: dict[str, Any] = {"resumes_at": self.file.resume(start_step, position), **facts}
+        previous = self.file.last_start or {}
+        start |= {"dataset": dataset, "config": config.to_dict(), "total_steps": self.total_steps}
+        if "config" in previous:
+            start["config_changed"] = config_difference(previous["config"], start["config"])
+        if mode != "disabled":
+            start["wandb_id"] = previous.get("wandb_id") or new_run_id()
+        self._write("run_start", start_step, start)
+
+        self.trackers: list[Guarded] = []
+        if mode != "disabled":
+            described = {**start["config"], "environment": facts, "dataset": dataset}
+            self.trackers.append(
+                Guarded(
+                    "wandb",
+                    lambda: Wandb(
+                        run,
+                        mode=mode,
+                        project=settings.wandb_project,
+                        run_id=start["wandb_id"],
+                        config=described,
+                        say=self.message,
+                    ),
+                    self.message,
+                )
+            )
+        if settings.tensorboard:
+            self.trackers.append(
+                Guarded("TensorBoard", lambda: TensorBoard(run / "tensorboard", start_step), self.message)
+            )
+        self._mark = time.perf_counter()
+
+    def message(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        self.console.say(text)
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Count the time inside as `name`, not as training; of nested phases the outer one counts.
+
+        Evaluation and saving wait for the device at both ends, so that queued training steps are not billed to them.
+        """
+        if self._phase is not None:
+            yield
+            return
+        if name != "data":
+            self._synchronize()
+            self.console.activity(name)
+        self._phase = name
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if name != "data":
+                self._synchronize()
+                self.console.activity(None)
+            self._phase = None
+            self._spent[name] += time.perf_counter() - began
+
+    def train(self, step: int, *, loss: float, lr: float, grad_norm: float) -> None:
+        """Record a step, with the speed since the last recorded one.
+
+        Args:
+            step: steps finished, this one included.
+            loss: mean over the step's tokens, nats.
+            lr: learning rate of the update.
+            grad_norm: global gradient norm before clipping.
+        """
+        now = time.perf_counter()
+        seconds = self._seconds(now)
+        wall = sum(seconds.values())
+        tokens = (step - self.last_step) * self.tokens_per_step
+        speed = tokens / max(seconds["train"], 1e-9)
+        mfu = None if self.peak is None else speed * self.flops_per_token / self.peak
+        if math.isfinite(loss):
+            self.smoothed = loss if self.smoothed is None else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
+        memory = memory_bytes(self.device)
+        if self._pace is None:
+            self._pace = (now, step)
+            pace = wall / max(step - self.last_step, 1)
+        else:
+            pace = (now - self._pace[0]) / max(step - self._pace[1], 1)
+        self.last_step = step
+        self._write(
+            "train",
+            step,
+            {
+                "tokens": step * self.tokens_per_step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens_per_second": speed,
+                "mfu": mfu,
+                "memory_bytes": memory,
+                "seconds": seconds,
+            },
+        )
+        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+        if mfu is not None:
+            values["mfu"] = mfu
+        self._scalars(step, {f"train/{name}": value for name, value in values.items()})
+        every = self.config.run.eval_every
+        self.console.show(
+            Status(
+                step=step,
+                total_steps=self.total_steps,
+                loss=loss,
+                smoothed_loss=loss if self.smoothed is None else self.smoothed,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens_per_second=speed,
+                mfu=mfu,
+                memory_bytes=memory,
+                seconds_left=pace * (self.total_steps - step),
+                next_eval=min(every - step % every, self.total_steps - step) if every else None,
+                shares={name: seconds[name] / wall for name in PHASES} if wall > 0 else {},
+            )
+        )
+
+    def val(self, step: int, loss: float, val_tokens: int) -> None:
+        """Record a validation loss.
+
+        Args:
+            step: steps finished.
+            loss: mean over `val_tokens` tokens, nats.
+            val_tokens: tokens it is a mean over.
+        """
+        self._write("val", step, {"tokens": step * self.tokens_per_step, "loss": loss, "val_tokens": val_tokens})
+        self._scalars(step, {"val/loss": loss})
+        text = f"validation loss {loss:.4f}"
+        baseline = reference.gpt2_val_loss(self.corpus, self.size)
+        if baseline is not None and self.corpus is not None:
+            text += (
+                f" | GPT-2 {self.size} on {reference.CORPUS_TITLES[self.corpus]} {baseline:.4f}: "
+                f"{_distance(baseline - loss, '.4f')}"
+            )
+            if val_tokens != reference.BASELINE_VAL_TOKENS:
+                text += f" (ours over {val_tokens:,} tokens, not {reference.BASELINE_VAL_TOKENS:,})"
+        self._stand_out(step, text)
+
+    def hellaswag(self, step: int, result: HellaSwagScores) -> None:
+        """Record a HellaSwag evaluation."""
+        self._write(
+            "hellaswag",
+            step,
+            {
+                "tokens": step * self.tokens_per_step,
+                "acc": result.acc,
+                "acc_norm": result.acc_norm,
+                "stderr": result.acc_norm_stderr,
+                "examples": result.examples,
+                "convention": result.convention,
+            },
+        )
+        self._scalars(step, {"hellaswag/acc": result.acc, "hellaswag/acc_norm": result.acc_norm})
+        text = f"HellaSwag {result.acc_norm:.2%} ± {result.acc_norm_stderr:.2%}, {result.examples:,} examples"
+        if self.size is not None and result.convention == "completion":
+            baseline = reference.GPT2_HELLASWAG[self.size]
+            text += f" | GPT-2 {self.size} {baseline:.2%}: {_distance(result.acc_norm - baseline, '.2%')}"
+        self._stand_out(step, text)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Record a generated text.
+
+        Args:
+            prompt: what it continues.
+            text: the new text alone.
+        """
+        tokens = step * self.tokens_per_step
+        self._write("sample", step, {"tokens": tokens, "prompt": prompt, "text": text})
+        self._tell(lambda sink: sink.sample(step, prompt, text))
+        self.message(f"   sample: {prompt}{text}".replace("\n", "\n   "))
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """Record that a checkpoint is complete."""
+        self._write("checkpoint", step, {"path": os.path.relpath(path, self.run)})
+        self._tell(lambda sink: sink.checkpoint(step, path))
+
+    def skip(self, step: int, reason: str, loss: float, grad_norm: float) -> None:
+        """Record an update that was not made.
+
+        Args:
+            step: steps finished, the skipped one included.
+            reason: such as "nonfinite" or "spike".
+            loss: of the step.
+            grad_norm: of the step.
+        """
+        self._write("skip", step, {"reason": reason, "loss": loss, "grad_norm": grad_norm})
+        self._stand_out(step, f"update skipped ({reason}): loss {loss:.4f}, gradient norm {grad_norm:.2f}")
+
+    def position(self) -> int:
+        """Bytes of `metrics.jsonl` so far, on disk for good; a checkpoint keeps it."""
+        return self.file.sync()
+
+    def close(self, reason: EndReason) -> None:
+        """Record the end and let everything go; a second call does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        self._write("run_end", self.last_step, {"reason": reason, "seconds": self._seconds(time.perf_counter())})
+        self.console.close()
+        self._tell(lambda sink: sink.close(reason))
+        self.file.close()
+
+    def _seconds(self, now: float) -> dict[str, float]:
+        """Wall time since the last call, training and the phases apart."""
+        seconds: dict[str, float] = {"train": max(now - self._mark - sum(self._spent.values()), 0.0), **self._spent}
+        self._mark = now
+        self._spent = dict.fromkeys(PHASES, 0.0)
+        return {name: round(value, 6) for name, value in seconds.items()}
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self.file.write({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._tell(lambda sink: sink.scalars(step, values))
+
+    def _tell(self, action: Callable[[Tracker], None]) -> None:
+        """Do something to every tracker; a slow one is billed to saving, not to training."""
+        began = time.perf_counter()
+        for tracker in self.trackers:
+            tracker.tell(action)
+        if self._phase is None:
+            self._spent["save"] += time.perf_counter() - began
+
+    def _stand_out(self, step: int, text: str) -> None:
+        self.console.say(f"step {step:>{len(str(self.total_steps))}} | {text}", strong=True)
+
+
+def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Settings that differ, as {"part.name": [old, new]}; None stands for one that is missing.
+
+    Args:
+        old: of `Config.to_dict`.
+        new: likewise.
+    """
+    flat_old, flat_new = (
+        {f"{part}.{name}": value for part, values in config.items() for name, value in values.items()}
+        for config in (old, new)
+    )
+    return {
+        name: [flat_old.get(name), flat_new.get(name)]
+        for name in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(name) != flat_new.get(name)
+    }
+
+
+def _distance(better_by: float, form: str) -> str:
+    """How far from a baseline: "0.0123 better" or "0.0123 to go"."""
+    return f"{abs(better_by):{form}} better" if better_by >= 0 else f"{-better_by:{form}} to go"
+
+
+def _strict(value: Any) -> Any:
+    """The value with non-finite floats as strings, so that every JSON reader takes it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
+
+
+class _JsonLines:
+    """Appends lines to a file, one unbuffered write each; when that fails it says so once and carries on."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.warned = False
+        self.last_start: dict[str, Any] | None = None
+        self.path = path
+        self.descriptor: int | None = None
+        self.whole = True  # the file ends with a whole line
+        self._guard(self._open)
+
+    def _open(self) -> None:
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self.descriptor).st_size
+        self.whole = size == 0 or os.pread(self.descriptor, 1, size - 1) == b"\n"
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if not self.warned:
+                self.say(f"cannot write {self.path} ({error.strerror}); training goes on, lines are lost until it can")
+            self.warned = True
+
+    def resume(self, start_step: int, position: int | None) -> int:
+        """Where the history that a start at `start_step` goes on from ends, in bytes; remembers the last start."""
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            return 0
+        lines = [line for line in parse_lines(content) if line is not None]
+        live = live_lines(lines)
+        for line in live:
+            if line.record["kind"] == "run_start":
+                self.last_start = line.record
+        if position is not None:
+            return min(position, len(content))
+        return next((line.offset for line in live if line.record["step"] > start_step), len(content))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        data = (json.dumps(_strict(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+        def append() -> None:
+            if self.descriptor is None:
+                return
+            line = data if self.whole else b"\n" + data  # after a torn line, start a new one
+            self.whole = False
+            if os.write(self.descriptor, line) == len(line):
+                self.whole = True
+
+        self._guard(append)
+
+    def sync(self) -> int:
+        """Bring everything to disk and return the file's size, 0 if there is no file."""
+        size = 0
+
+        def settle() -> None:
+            nonlocal size
+            if self.descriptor is not None:
+                size = os.fstat(self.descriptor).st_size
+                os.fsync(self.descriptor)
+
+        self._guard(settle)
+        return size
+
+    def close(self) -> None:
+        """Let the file go."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None

@@ -1,0 +1,100 @@
+"""Published figures a run is held against, by model size and data set.
+
+Sources: the released GPT-2 weights (Radford et al. 2019) scored on the first 10,485,760 validation tokens of each data
+set; GPT-3's table H.1 (Brown et al. 2020); training logs of llm.c (FineWeb) and build-nanogpt (FineWeb-Edu).
+FineWeb and FineWeb-Edu are different distributions: a loss on one says nothing about a baseline on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+Corpus = Literal["fineweb", "fineweb-edu"]
+Size = Literal["124M", "350M", "774M", "1558M"]
+
+CORPUS_TITLES: Mapping[Corpus, str] = {"fineweb": "FineWeb", "fineweb-edu": "FineWeb-Edu"}
+
+SHAPES: Mapping[tuple[int, int, int], Size] = {
+    (12, 12, 768): "124M",
+    (24, 16, 1024): "350M",
+    (36, 20, 1280): "774M",
+    (48, 25, 1600): "1558M",
+}
+"""(n_layer, n_head, n_embd) to the size's name."""
+
+BASELINE_VAL_TOKENS = 10_485_760
+"""Validation tokens the baseline losses are means over."""
+
+GPT2_VAL_LOSS: Mapping[Corpus, Mapping[Size, float]] = {
+    "fineweb": {"124M": 3.4250, "350M": 3.0831, "774M": 3.0006, "1558M": 2.8313},
+    "fineweb-edu": {"124M": 3.2924},
+}
+"""Mean next-token loss of the released GPT-2, nats."""
+
+GPT2_HELLASWAG: Mapping[Size, float] = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4889}
+"""acc_norm of the released GPT-2, completion convention (mean loss a token, raw context)."""
+
+GPT2_HELLASWAG_HARNESS: Mapping[Size, tuple[float, float]] = {
+    "124M": (0.2892, 0.3114),
+    "350M": (0.333, 0.394),
+    "774M": (0.364, 0.453),
+    "1558M": (0.4004, 0.5089),
+}
+"""(acc, acc_norm) of the released GPT-2, harness convention (lm-evaluation-harness, task version 1.0)."""
+
+GPT3_HELLASWAG: Mapping[Size, float] = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
+"""Zero-shot accuracy of the GPT-3 model of about that size."""
+
+HELLASWAG_CHANCE = 0.25
+"""Accuracy of guessing: four endings."""
+
+RECIPE_TOKENS_PER_STEP = 524_288
+"""Tokens a step of the runs the milestones are from."""
+
+MILESTONES: Mapping[Corpus, Mapping[Size, tuple[tuple[int, float], ...]]] = {
+    "fineweb": {
+        "124M": (
+            (250, 6.171),
+            (500, 5.374),
+            (1000, 4.317),
+            (2000, 3.859),
+            (5000, 3.554),
+            (10000, 3.392),
+            (15000, 3.300),
+            (18865, 3.272),
+        )
+    },
+    "fineweb-edu": {"124M": ((250, 6.163), (1000, 4.153), (1250, 3.952))},
+}
+"""(step, validation loss) pairs that earlier reproductions logged, 524,288 tokens a step."""
+
+
+def corpus_of(dataset: str) -> Corpus | None:
+    """Which corpus with published baselines a data set's name or source speaks of; None for any other.
+
+    Understands Hub names (`HuggingFaceFW/fineweb-edu`) and the directories of peers (`edu_fineweb10B`, `fineweb10B`).
+    """
+    name = dataset.lower()
+    if "fineweb" not in name:
+        return None
+    return "fineweb-edu" if "edu" in name else "fineweb"
+
+
+def size_of(n_layer: int, n_head: int, n_embd: int) -> Size | None:
+    """The GPT-2 size of this shape, None for any other shape."""
+    return SHAPES.get((n_layer, n_head, n_embd))
+
+
+def gpt2_val_loss(corpus: Corpus | None, size: Size | None) -> float | None:
+    """Validation loss of the released GPT-2 of that size on that corpus; None where nobody published one."""
+    if corpus is None or size is None:
+        return None
+    return GPT2_VAL_LOSS[corpus].get(size)
+
+
+def milestones(corpus: Corpus | None, size: Size | None) -> tuple[tuple[int, float], ...]:
+    """(tokens, validation loss) pairs of an earlier reproduction; empty where there is none."""
+    if corpus is None or size is None:
+        return ()
+    return tuple((step * RECIPE_TOKENS_PER_STEP, loss) for step, loss in MILESTONES[corpus].get(size, ()))
