@@ -123,7 +123,10 @@ class LiveBar:
 
     def say(self, text: str, *, strong: bool = False) -> None:
         """Print above the bar; a strong line in bold."""
-        self.live.console.print(text, style="bold green" if strong else None, markup=False, highlight=False)
+        from rich.text import Text
+
+        # As a Text: a style given to print would colour the bar as well.
+        self.live.console.print(Text(text, style="bold green" if strong else ""))
 
     def activity(self, phase: str | None) -> None:
         """Name what goes on in place of training; None: training again."""

@@ -9,12 +9,23 @@ one history that led to the current weights, also after a return to an older che
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+
+NUMBERS: Mapping[str, tuple[str, ...]] = {
+    "run_start": ("time",),
+    "train": ("time", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"),
+    "val": ("time", "tokens", "loss", "val_tokens"),
+    "hellaswag": ("time", "tokens", "acc", "acc_norm", "stderr", "examples"),
+    "sample": ("time", "tokens"),
+    "skip": ("time", "loss", "grad_norm"),
+    "run_end": ("time",),
+}
+"""What a line of each kind must hold as a number; JSON has no NaN or infinity, so those are stored as strings."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Metrics:
+class History:
     """A parsed `metrics.jsonl`."""
 
     live: tuple[dict[str, Any], ...]
@@ -34,7 +45,7 @@ class Metrics:
     superseded: tuple[dict[str, Any], ...]
     """Lines written after the checkpoint that a later start went on from."""
     torn: int
-    """Lines that are not a JSON object with "kind" and "step": a kill tears one at most."""
+    """Lines that do not have the form of ours: a kill tears one at most."""
 
 
 def parse_lines(content: bytes) -> Iterator[Line | None]:
@@ -53,11 +64,11 @@ def parse_lines(content: bytes) -> Iterator[Line | None]:
 def _parse(offset: int, raw: bytes) -> Line | None:
     try:
         record = json.loads(raw)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        return None
-    if type(record.get("step")) is not int:
+        if type(record["step"]) is not int or not isinstance(record["kind"], str):
+            return None
+        for name in NUMBERS.get(record["kind"], ()):
+            record[name] = record[name] if type(record[name]) is int else float(record[name])
+    except (ValueError, KeyError, TypeError):
         return None
     return Line(offset, record)
 
@@ -79,7 +90,7 @@ def live_lines(lines: Iterable[Line]) -> list[Line]:
     return [line for line in lines if any(first <= line.offset < stop for first, stop in ranges)]
 
 
-def read_metrics(path: Path) -> Metrics:
+def read_metrics(path: Path) -> History:
     """Parse a metrics file; one that is being written is read up to its last whole line.
 
     Args:
@@ -92,13 +103,26 @@ def read_metrics(path: Path) -> Metrics:
     lines = [line for line in parsed if line is not None]
     live = live_lines(lines)
     kept = {line.offset for line in live}
-    return Metrics(
+    return History(
         live=tuple(line.record for line in live),
         superseded=tuple(line.record for line in lines if line.offset not in kept),
         torn=len(parsed) - len(lines),
     )
 
 
-def number(value: Any) -> float:
-    """A number of a metrics line; JSON has no NaN or infinity, so those are stored as strings."""
-    return float(value)
+def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Settings that differ, as {"part.name": [old, new]}; None stands for one that is missing.
+
+    Args:
+        old: of `Config.to_dict`.
+        new: likewise.
+    """
+    flat_old, flat_new = (
+        {f"{part}.{name}": value for part, values in config.items() for name, value in values.items()}
+        for config in (old, new)
+    )
+    return {
+        name: [flat_old.get(name), flat_new.get(name)]
+        for name in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(name) != flat_new.get(name)
+    }

@@ -1,16 +1,14 @@
 """What a run measures and where that goes: `metrics.jsonl`, the console, wandb, TensorBoard.
 
 `RUN/metrics.jsonl` holds one JSON object a line. Every line has "kind", "step" (optimizer steps finished) and "time"
-(Unix seconds); docs/metrics.md lists the rest. A line is one `write`, so a kill tears the last line at most; the file
-is only appended to, and `gpt2.history` reads restarts as one curve. NaN and infinities, which JSON lacks, are the
-strings "NaN", "Infinity" and "-Infinity".
+(Unix seconds); docs/metrics.md lists the rest. `gpt2.metrics_file` writes it, `gpt2.history` reads it back as one curve
+over all restarts.
 
 Nothing here may stop training: a full disk or an unreachable server is said once.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -25,7 +23,8 @@ from gpt2 import reference
 from gpt2.config import Config
 from gpt2.console import Status, open_console
 from gpt2.hardware import environment, memory_bytes, peak_flops
-from gpt2.history import METRICS_FILE, live_lines, parse_lines
+from gpt2.history import METRICS_FILE, config_difference
+from gpt2.metrics_file import MetricsFile
 from gpt2.trackers import Guarded, TensorBoard, Tracker, Wandb, new_run_id, resolve_wandb_mode
 
 Phase = Literal["data", "eval", "save"]
@@ -102,7 +101,7 @@ class Metrics:
         self.peak = None if peak is None else peak * world_size
 
         self.console = open_console(self.total_steps, start_step)
-        self.file = _JsonLines(run / METRICS_FILE, self.message)
+        self.file = MetricsFile(run / METRICS_FILE, self.message)
         self.closed = False
         self.last_step = start_step
         self.smoothed: float | None = None
@@ -115,7 +114,7 @@ class Metrics:
         settings = config.run
         mode = resolve_wandb_mode(settings.wandb, self.message)
         start: dict[str, Any] = {"resumes_at": self.file.resume(start_step, position), **facts}
-        previous = self.file.last_start or {}
+        previous = self.file.last_start
         start |= {"dataset": dataset, "config": config.to_dict(), "total_steps": self.total_steps}
         if "config" in previous:
             start["config_changed"] = config_difference(previous["config"], start["config"])
@@ -347,109 +346,6 @@ class Metrics:
         self.console.say(f"step {step:>{len(str(self.total_steps))}} | {text}", strong=True)
 
 
-def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Settings that differ, as {"part.name": [old, new]}; None stands for one that is missing.
-
-    Args:
-        old: of `Config.to_dict`.
-        new: likewise.
-    """
-    flat_old, flat_new = (
-        {f"{part}.{name}": value for part, values in config.items() for name, value in values.items()}
-        for config in (old, new)
-    )
-    return {
-        name: [flat_old.get(name), flat_new.get(name)]
-        for name in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(name) != flat_new.get(name)
-    }
-
-
 def _distance(better_by: float, form: str) -> str:
     """How far from a baseline: "0.0123 better" or "0.0123 to go"."""
     return f"{abs(better_by):{form}} better" if better_by >= 0 else f"{-better_by:{form}} to go"
-
-
-def _strict(value: Any) -> Any:
-    """The value with non-finite floats as strings, so that every JSON reader takes it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return value
-
-
-class _JsonLines:
-    """Appends lines to a file, one unbuffered write each; when that fails it says so once and carries on."""
-
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.warned = False
-        self.last_start: dict[str, Any] | None = None
-        self.path = path
-        self.descriptor: int | None = None
-        self.whole = True  # the file ends with a whole line
-        self._guard(self._open)
-
-    def _open(self) -> None:
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        size = os.fstat(self.descriptor).st_size
-        self.whole = size == 0 or os.pread(self.descriptor, 1, size - 1) == b"\n"
-
-    def _guard(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except OSError as error:
-            if not self.warned:
-                self.say(f"cannot write {self.path} ({error.strerror}); training goes on, lines are lost until it can")
-            self.warned = True
-
-    def resume(self, start_step: int, position: int | None) -> int:
-        """Where the history that a start at `start_step` goes on from ends, in bytes; remembers the last start."""
-        try:
-            content = self.path.read_bytes()
-        except OSError:
-            return 0
-        lines = [line for line in parse_lines(content) if line is not None]
-        live = live_lines(lines)
-        for line in live:
-            if line.record["kind"] == "run_start":
-                self.last_start = line.record
-        if position is not None:
-            return min(position, len(content))
-        return next((line.offset for line in live if line.record["step"] > start_step), len(content))
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line."""
-        data = (json.dumps(_strict(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-        def append() -> None:
-            if self.descriptor is None:
-                return
-            line = data if self.whole else b"\n" + data  # after a torn line, start a new one
-            self.whole = False
-            if os.write(self.descriptor, line) == len(line):
-                self.whole = True
-
-        self._guard(append)
-
-    def sync(self) -> int:
-        """Bring everything to disk and return the file's size, 0 if there is no file."""
-        size = 0
-
-        def settle() -> None:
-            nonlocal size
-            if self.descriptor is not None:
-                size = os.fstat(self.descriptor).st_size
-                os.fsync(self.descriptor)
-
-        self._guard(settle)
-        return size
-
-    def close(self) -> None:
-        """Let the file go."""
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
