@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2.config import ModelConfig
 
@@ -109,6 +113,64 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tens
     return (weights @ v).to(q.dtype), weights
 
 
+def flex_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Sliding-window attention by FlexAttention, which skips the blocks of keys that no query of a block sees.
+
+    Fast only under torch.compile, on CUDA. Dong et al. 2024.
+
+    Args:
+        q: (B, n_head, T, head_dim).
+        k: (B, n_kv_head, T, head_dim), of the same tokens.
+        v: as k.
+        window: keys a query sees, itself included.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < window)
+
+    T = q.size(2)
+    blocks = create_block_mask(visible, None, None, T, T, device=q.device)
+    y = flex_attention(q, k, v, block_mask=blocks, enable_gqa=k.size(1) != q.size(1))
+    assert isinstance(y, Tensor)  # it returns more only when asked to
+    return y
+
+
+def training_backends(device: torch.device) -> AbstractContextManager[None]:
+    """The context to train in: which of SDPA's kernels come first.
+
+    On Hopper cuDNN's is about twice as fast as the flash kernel for training's shapes, and slower before and after. It
+    plans anew for every shape, so the context is for batches that all look alike, not for sampling.
+
+    Args:
+        device: computed on; other than CUDA there is nothing to choose.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        order[:2] = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    context: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
+    return context
+
+
+@contextmanager
+def recorded_weights(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the context every forward pass appends its attention weights, one (B, n_head, T, S) a block, fp32.
+
+    Attention is computed by `plain_attention` there.
+    """
+    weights: list[Tensor] = []
+    layers = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
+    for layer in layers:
+        layer.recorder = weights
+    try:
+        yield weights
+    finally:
+        for layer in layers:
+            layer.recorder = None
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention over the past, from the residual stream back into it."""
 
@@ -119,6 +181,7 @@ class CausalSelfAttention(nn.Module):
         self.window = config.layer_window(layer)
         self.qk_norm = config.qk_norm
         self.dropout = config.dropout
+        self.recorder: list[Tensor] | None = None  # of `recorded_weights`
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -160,16 +223,30 @@ class CausalSelfAttention(nn.Module):
         Without a mask the queries are the last T of the S tokens.
         """
         T, S = q.size(2), k.size(2)
-        windowed = self.window is not None and self.window < S
-        if mask is None and (windowed or 1 < T < S):
-            positions = torch.arange(S, device=q.device)[None]
-            mask = attention_mask(positions[:, S - T :], positions, self.window)
+        window = None if self.window is not None and self.window >= S else self.window
+        dropout = self.dropout if self.training else 0.0
+        flex = mask is None and T == S and q.is_cuda and torch.compiler.is_compiling() and not dropout
+        if self.recorder is not None:
+            y, weights = plain_attention(q, k, v, self._mask(T, S, q.device) if mask is None else mask)
+            self.recorder.append(weights)
+            return y
+        if mask is None and T == 1 and window is not None:  # a last token sees the last keys
+            k, v = k[:, :, -window:], v[:, :, -window:]
+        elif flex and window is not None:
+            return flex_window_attention(q, k, v, window)
+        elif mask is None and T > 1 and (window is not None or T < S):
+            mask = self._mask(T, S, q.device)
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
             is_causal=mask is None and T > 1,  # a single last token sees everything
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             enable_gqa=self.n_kv_head != self.n_head,
         )
+
+    def _mask(self, T: int, S: int, device: torch.device) -> Tensor:
+        """(1, 1, T, S) bool for queries that are the last T of the S tokens."""
+        positions = torch.arange(S, device=device)[None]
+        return attention_mask(positions[:, S - T :], positions, self.window)
