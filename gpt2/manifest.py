@@ -42,7 +42,7 @@ class ShardEntry:
         documents: documents that begin in it.
         bytes: UTF-8 bytes of those documents' text.
         sha256: of the whole file.
-        open_document: tokens so far of the document that goes on in the next shard.
+        open_document: tokens so far of its last document, with which the next shard may go on; -1: none is open.
         lengths: histogram of the documents that end in it, in tokens without the end-of-text token,
             by the lower edge of their bin; see `length_bin`.
         skipped: documents left out because they were null or empty.
@@ -56,8 +56,8 @@ class ShardEntry:
     documents: int
     bytes: int
     sha256: str
-    open_document: int = 0
-    lengths: Mapping[int, int] = field(default_factory=dict)
+    open_document: int = -1
+    lengths: dict[int, int] = field(default_factory=dict)
     skipped: int = 0
     replaced: int = 0
     next: Position | None = None
@@ -76,6 +76,7 @@ class Manifest:
         options: what else decides the shards' bytes, to be the same when a run is continued.
         shards: in the order of the source.
         part: (i, n) where this is the i-th of n parts, made one by one and merged later.
+        failed_file: file of the source that stopped the last run; it may differ when the run is continued.
         seconds: time spent tokenizing, over all runs that made these shards.
     """
 
@@ -87,6 +88,7 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     shards: tuple[ShardEntry, ...] = ()
     part: tuple[int, int] | None = None
+    failed_file: str | None = None
     seconds: float = 0.0
 
     @property

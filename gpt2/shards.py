@@ -295,4 +295,4 @@ def _entry_in_memory(file: str, split: str, tokens: np.ndarray, tokenizer: Token
         edge = length_bin(int(length))
         lengths[edge] = lengths.get(edge, 0) + 1
     text_bytes = len(tokenizer.decode_bytes(tokens[tokens != tokenizer.eot_token]))
-    return ShardEntry(file, split, len(tokens), len(starts), text_bytes, sha256, 0, dict(sorted(lengths.items())))
+    return ShardEntry(file, split, len(tokens), len(starts), text_bytes, sha256, -1, dict(sorted(lengths.items())))

@@ -112,28 +112,27 @@ class GPT2Tokenizer:
         data: bytes = self._encoding.decode_bytes(ids)
         return data
 
-    def fast_encoder(self) -> tuple[Callable[[str], np.ndarray | list[int]], str]:
+    def fast_encoder(self) -> tuple[Callable[[str], np.ndarray], str]:
         """The fastest encoder that gives exactly these ids, and the package it comes from.
 
-        riptoken where it is installed and passes `_HARD_CASES`, else tiktoken.
+        riptoken where it is installed and passes `_HARD_CASES`, else tiktoken. Arrays are uint16 or uint32.
         """
         if importlib.util.find_spec("riptoken") is not None:
             try:
                 import riptoken
 
-                core = riptoken.CoreBPE(self._ranks, {}, _GPT2_PATTERN)
-                if all(list(core.encode_ordinary(t)) == self.encode(t) for t in _HARD_CASES):
-                    return functools.partial(_encode_or, core.encode_ordinary, self.encode), "riptoken"
+                fast = riptoken.CoreBPE(self._ranks, {}, _GPT2_PATTERN).encode_ordinary
+                if all(list(fast(text)) == self.encode(text) for text in _HARD_CASES):
+                    return functools.partial(self._encode_by, fast), "riptoken"
             except Exception:  # a foreign package of any version: whatever ails it, tiktoken is here
                 pass
         return self.encode_array, "tiktoken"
 
-
-def _encode_or(fast: Callable[[str], list[int]], exact: Callable[[str], list[int]], text: str) -> list[int]:
-    try:
-        return fast(text)
-    except UnicodeEncodeError:  # a lone surrogate
-        return exact(text)
+    def _encode_by(self, fast: Callable[[str], list[int]], text: str) -> np.ndarray:
+        try:
+            return np.array(fast(text), np.uint16)
+        except UnicodeEncodeError:  # a lone surrogate
+            return self.encode_array(text)
 
 
 # What tells GPT-2 encoders apart: white space before words and at the end, contractions in either

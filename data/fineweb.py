@@ -1,0 +1,200 @@
+"""Turn FineWeb, or text of your own, into GPT-2 token shards.
+
+    python data/fineweb.py                                        # FineWeb-Edu, 10 B tokens, into data/fineweb_edu_10B
+    python data/fineweb.py --source 'DIR/*.parquet' --out DIR     # parquet, .jsonl, .txt (.gz, .zst too)
+    python data/fineweb.py verify DIR                             # re-hash and count all shards
+    python data/fineweb.py --part 3/16 ... && ... merge DIR       # on many machines; see scripts/tokenize_slurm.sh
+
+Kill it at any time; the same command continues where it stopped, and the shards are the same to the byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
+from gpt2.errors import UserError, run_cli
+
+_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
+_SHARD_NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb"}  # as build-nanogpt and llm.c call them
+
+
+def count(text: str) -> int:
+    """A positive number of tokens, written plainly or as 100_000_000 or 100M."""
+    match = re.fullmatch(r"([\d_,]+)([kKMB]?)", text)
+    value = int(re.sub("[_,]", "", match[1]) or 0) if match else 0
+    value *= {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}[match[2]] if match else 1
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 100000000 or 100M")
+    return value
+
+
+def part(text: str) -> tuple[int, int]:
+    """I/N with 1 ≤ I ≤ N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 ≤ I ≤ N, as in 3/16")
+    return int(match[1]), int(match[2])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Options of the default command."""
+    parser = argparse.ArgumentParser(
+        description="Turn FineWeb, or text of your own, into GPT-2 token shards. Run it again to continue.",
+        epilog="further commands: `verify DIR` re-reads and checks all shards; "
+        "`merge DIR` joins what --part made. Each has its own --help.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dataset", choices=_DATASETS, default="fineweb-edu", help="which one, of HuggingFaceFW")
+    add("--size", choices=("10B", "100B", "350B"), default="10B", help="its sample of so many tokens")
+    add(
+        "--source",
+        nargs="+",
+        metavar="PATHS_OR_REPO",
+        help="instead: files, directories, globs (.parquet, .jsonl, .txt), OWNER/NAME on the Hugging Face Hub, or "
+        "hf://datasets/OWNER/NAME[@REVISION]/GLOB. A line or row is a document, with a string 'text'; so is a whole "
+        "plain-text file",
+    )
+    add("--out", type=Path, metavar="DIR", help="directory of the shards; needed with --source [data/DATASET_SIZE]")
+    add("--shard-tokens", type=count, default=100_000_000, metavar="N", help="tokens a training shard")
+    add(
+        "--val-tokens",
+        type=count,
+        metavar="N",
+        help="tokens for validation, rounded up to whole documents [one shard; 5 %% of the documents where "
+        "the corpus is smaller than ten shards]",
+    )
+    add("--max-tokens", type=count, metavar="N", help="stop after so many tokens in all [no limit]")
+    add("--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="processes that tokenize")
+    add("--format", choices=("npy", "bin"), default="npy", help="NumPy's format, or llm.c's")
+    add("--tokenizer", choices=("gpt2", "char"), default="gpt2", help="GPT-2's BPE, or one id a character")
+    add("--part", type=part, metavar="I/N", help="make only the I-th of N parts; when all are made, `merge DIR`")
+    add("--keep-downloads", action="store_true", help="keep fetched files in DIR/.fetched after use")
+    add("--plot", action="store_true", help="draw the histogram of document lengths into DIR/document_lengths.png")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 1 where `verify` finds a fault."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["verify"]:
+        return verify(_directory("verify", "Re-read and check every shard of a data set.", arguments[1:]))
+    if arguments[:1] == ["merge"]:
+        return merge(_directory("merge", "Join the parts that --part made into one data set.", arguments[1:]))
+    return tokenize(make_parser().parse_args(arguments))
+
+
+def _directory(command: str, description: str, arguments: list[str]) -> Path:
+    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} {command}", description=description)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory of the shards")
+    directory: Path = parser.parse_args(arguments).directory
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory")
+    return directory
+
+
+def tokenize(args: argparse.Namespace) -> int:
+    """Make the data set, or what is missing of it."""
+    from gpt2.hub import find_source
+    from gpt2.manifest import load_manifest
+    from gpt2.pipeline import Part
+    from gpt2.prepare import Request, manifest_path, prepare
+
+    if args.source is not None:
+        if args.out is None:
+            raise UserError("--source needs --out DIR, the directory for the shards")
+        addresses, name, out = args.source, "corpus", args.out
+    else:
+        addresses = [f"hf://datasets/{_DATASETS[args.dataset]}/sample/{args.size}T/*.parquet"]
+        name = _SHARD_NAMES[args.dataset]
+        out = args.out or Path(__file__).parent / f"{args.dataset.replace('-', '_')}_{args.size}"
+    which = Part(*args.part) if args.part else None
+    path = manifest_path(out, which)
+    source = find_source(addresses, load_manifest(path).source if path.exists() else None)
+    print(f"{source.description}: {len(source.files)} files, {sum(f.size for f in source.files) / 1e9:.3g} GB → {out}")
+    request = Request(
+        directory=out,
+        name=name,
+        source=source,
+        tokenizer=args.tokenizer,
+        suffix=f".{args.format}",
+        shard_tokens=args.shard_tokens,
+        val_tokens=args.val_tokens,
+        max_tokens=args.max_tokens,
+        workers=args.workers,
+        part=which,
+        keep_downloads=args.keep_downloads,
+    )
+    manifest = prepare(request, print)
+    _print_statistics(manifest.statistics())
+    if args.plot:
+        from gpt2.length_plot import plot_lengths
+
+        print(f"drew {plot_lengths(manifest, out / 'document_lengths.png')}")
+    return 0
+
+
+def _print_statistics(statistics: dict[str, object]) -> None:
+    for key, value in statistics.items():
+        if isinstance(value, dict):
+            text = "  ".join(f"{k} {v:,}" for k, v in value.items() if v is not None)
+        else:
+            text = f"{value:,}" if isinstance(value, int | float) else str(value)
+        print(f"  {key.replace('_', ' '):<20} {text}")
+
+
+def verify(directory: Path) -> int:
+    """Check every shard of a data set, print a table, and return 1 where one is not as it should be."""
+    from gpt2.manifest import load_manifest
+    from gpt2.shards import open_dataset
+    from gpt2.tokenizer import GPT2Tokenizer
+    from gpt2.verify import check_foreign, check_manifest, manifests_of
+
+    manifests = [load_manifest(path) for path in manifests_of(directory)]
+    print(f"{'shard':<40} {'tokens':>13} {'documents':>11} {'largest id':>10}  result")
+    faults, shards = [], 0
+    if manifests:
+        checks = [check for manifest in manifests for check in [check_manifest(directory, manifest)]]
+    else:
+        dataset = open_dataset(directory)
+        gpt2 = dataset.train.dtype.itemsize == 2  # 4-byte ids are of another vocabulary
+        limits = (GPT2Tokenizer.n_vocab, GPT2Tokenizer.eot_token) if gpt2 else (None, None)
+        checks = [check_foreign(dataset.val.paths + dataset.train.paths, *limits)]
+    for check in (check for group in checks for check in group):
+        shards += 1
+        result = check.problem or "ok"
+        print(f"{check.path.name:<40} {check.tokens:>13,} {check.documents:>11,} {check.largest:>10,}  {result}")
+        if check.problem:
+            faults.append(check)
+    if faults:
+        print(f"{len(faults)} of {shards} shards are bad, the first is {faults[0].path}", file=sys.stderr)
+        return 1
+    unfinished = [manifest for manifest in manifests if not manifest.complete]
+    if unfinished:
+        print("what is there is good, but the data set is unfinished; run the command that makes it", file=sys.stderr)
+        return 1
+    what = "their manifest" if manifests else "the format; no manifest says more"
+    print(f"all {shards} shards agree with {what}")
+    return 0
+
+
+def merge(directory: Path) -> int:
+    """Write the common manifest of all parts."""
+    from gpt2.prepare import totals
+    from gpt2.verify import merge_parts
+
+    manifest = merge_parts(directory)
+    print(f"{directory}: {totals(manifest)}")
+    _print_statistics(manifest.statistics())
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

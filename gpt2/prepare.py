@@ -1,0 +1,333 @@
+"""From a source of text to a finished data set: plan, continue what an earlier run left, tokenize, sum up."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gpt2.assemble import Assembler, Layout
+from gpt2.errors import UserError
+from gpt2.hub import Fetcher
+from gpt2.manifest import MANIFEST_NAME, Manifest, Position, describe_tokenizer, load_manifest, save_manifest
+from gpt2.pipeline import Part, Unit, Units, Workers, assemble_units, characters_of_unit
+from gpt2.progress import TokenProgress
+from gpt2.sources import FileProblem, Source, count_documents
+from gpt2.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
+from gpt2.verify import check_manifest, part_manifest_name
+
+_SMALL_SHARDS = 10  # a corpus of fewer shards gives 5 % of its documents, not a shard, to validation
+_SMALL_PERCENT = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made.
+
+    Attributes:
+        directory: of the shards.
+        name: prefix of their names.
+        source: the text.
+        tokenizer: "gpt2" or "char".
+        suffix: ".npy" or ".bin".
+        shard_tokens: tokens a training shard.
+        val_tokens: tokens of validation at least, by whole documents; None: see `_validation`.
+        max_tokens: of all shards together; None for no limit.
+        workers: processes.
+        part: None for the whole source.
+        keep_downloads: leave fetched files in the scratch directory.
+    """
+
+    directory: Path
+    name: str
+    source: Source
+    tokenizer: str
+    suffix: str
+    shard_tokens: int
+    val_tokens: int | None
+    max_tokens: int | None
+    workers: int
+    part: Part | None
+    keep_downloads: bool
+
+    @property
+    def manifest_path(self) -> Path:
+        """The manifest of what this request makes."""
+        return manifest_path(self.directory, self.part)
+
+    def options(self) -> dict[str, Any]:
+        """What decides the shards' bytes beside source and tokenizer."""
+        return {
+            "suffix": self.suffix,
+            "shard_tokens": self.shard_tokens,
+            "val_tokens": self.val_tokens,
+            "max_tokens": self.max_tokens,
+        }
+
+
+def manifest_path(directory: Path, part: Part | None) -> Path:
+    """Where the manifest of a data set, or of one part of it, is."""
+    return directory / (MANIFEST_NAME if part is None else part_manifest_name(part.number, part.of))
+
+
+def prepare(request: Request, say: Callable[[str], None]) -> Manifest:
+    """Make the data set, or what is missing of it.
+
+    Args:
+        request: what to make.
+        say: told, in one line each, what a user should know.
+
+    Returns:
+        The finished manifest.
+
+    Raises:
+        UserError: the directory holds something else, the source is damaged or gone, the disk is full; what is
+            finished by then is kept, and the same call continues.
+    """
+    try:
+        request.directory.mkdir(parents=True, exist_ok=True)
+        with _only_one(request.manifest_path):
+            return _prepare(request, say)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"disk full in {request.directory}; make room and run the same command again") from error
+        if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or error.errno == errno.EROFS:
+            raise UserError(f"cannot write to {request.directory}: {error.strerror} ({error.filename})") from error
+        raise
+
+
+def _prepare(request: Request, say: Callable[[str], None]) -> Manifest:
+    scratch = request.directory / (".fetched" if request.part is None else f".fetched-{request.part.number:04d}")
+    ahead = 2 + request.workers // 8  # a file takes a worker minutes to tokenize
+    with Fetcher(request.source, scratch, request.keep_downloads, ahead) as fetcher:
+        if request.manifest_path.exists():
+            manifest = _continued(request, load_manifest(request.manifest_path))
+            missing = _damaged_shards(request.directory, manifest, say)
+            if manifest.complete and not missing:
+                say(f"{request.directory} is complete and verified: {totals(manifest)}")
+                return manifest
+        else:
+            _refuse_strangers(request)
+            manifest, missing = _new_manifest(request, fetcher, say), []
+            save_manifest(request.manifest_path, manifest)
+        for stale in request.directory.glob(f".{_prefix(request)}_*.tmp"):
+            stale.unlink()
+        with Workers(request.workers, manifest.tokenizer) as workers:
+            for first, stop in _gaps(len(manifest.shards), missing, manifest.complete):
+                manifest = _make_shards(request, manifest, fetcher, workers, first, stop)
+    say(f"{request.directory}: {totals(manifest)}")
+    return manifest
+
+
+def _prefix(request: Request) -> str:
+    """Start of the training shards' names: disjoint between parts, in the order of the source."""
+    part = f"_p{request.part.number:04d}" if request.part is not None else ""
+    return f"{request.name}_train{part}"
+
+
+def _make_shards(
+    request: Request, manifest: Manifest, fetcher: Fetcher, workers: Workers, first: int, stop: int | None
+) -> Manifest:
+    """Write shards `first` to `stop` - 1, or to the end of the source."""
+    with_val = request.part is None or request.part.number == 1
+    validation = manifest.options["validation"]
+    layout = Layout(
+        directory=request.directory,
+        prefix=_prefix(request),
+        val_prefix=f"{request.name}_val" if with_val else None,
+        suffix=request.suffix,
+        shard_tokens=request.shard_tokens,
+        val_tokens=validation.get("tokens"),
+        val_documents=validation.get("documents"),
+        max_tokens=request.max_tokens,
+    )
+    start = manifest.shards[first - 1].next if first else Position()
+    assert start is not None  # only the last shard of a finished data set has nothing after it
+    assembler = Assembler(layout, manifest, request.manifest_path, first, stop)
+    part = request.part or Part()
+    units = Units(request.source, part, fetcher, start)
+    tokens_before, files = assembler.total, len(request.source.files)
+    progress: TokenProgress | None = None
+
+    def report(unit: Unit, tokens: int) -> None:
+        nonlocal progress
+        if request.max_tokens is not None:
+            unit = unit._replace(done=max(unit.done, tokens / request.max_tokens))
+        if progress is None:
+            progress = TokenProgress("tokenizing", unit.done, began=began)
+        progress.update(tokens - tokens_before, unit.done, f"file {unit.place.file + 1} of {files}")
+
+    began = TokenProgress.now()
+    assembler.clock = lambda: manifest.seconds + TokenProgress.now() - began
+    try:
+        assemble_units(workers, units, fetcher, assembler, report)
+    except FileProblem as error:
+        file = request.source.files[error.number]
+        kept = f"{len(assembler.manifest.shards)} finished shards are kept"
+        if file.path is None:
+            raise UserError(f"{error}; {kept}") from error
+        save_manifest(request.manifest_path, replace(assembler.manifest, failed_file=file.name))
+        raise UserError(f"{error}; replace the file and run the same command again: {kept}") from error
+    finally:
+        if progress is not None:
+            progress.close()
+    return assembler.manifest
+
+
+def _gaps(shards: int, missing: Sequence[int], complete: bool) -> Iterator[tuple[int, int | None]]:
+    """Runs of shards to make: (first, the next that is there, or None for to the end of the source)."""
+    wanted = set(missing)
+    index = 0
+    while index < shards:
+        if index not in wanted:
+            index += 1
+            continue
+        first = index
+        while index in wanted:
+            index += 1
+        yield first, index if index < shards else None
+    if not complete and shards - 1 not in wanted:
+        yield shards, None
+
+
+def _new_manifest(request: Request, fetcher: Fetcher, say: Callable[[str], None]) -> Manifest:
+    """The manifest of a data set of which nothing is made."""
+    validation = _validation(request, fetcher)
+    tokenizer: Tokenizer = gpt2_tokenizer() if request.tokenizer == "gpt2" else _characters(request, fetcher, say)
+    described, dtype = describe_tokenizer(tokenizer)
+    return Manifest(
+        name=request.name,
+        complete=False,
+        source=request.source.to_dict(),
+        tokenizer=described,
+        dtype=dtype,
+        options={**request.options(), "validation": validation},
+        part=(request.part.number, request.part.of) if request.part is not None else None,
+    )
+
+
+def _validation(request: Request, fetcher: Fetcher) -> dict[str, int]:
+    """How much of the source's beginning is for validation: {"tokens": n} or {"documents": n}.
+
+    What was asked for; else one shard; else, of a corpus that its files' sizes show to be smaller than ten shards,
+    5 % of its documents, or of `max_tokens`.
+    """
+    if request.val_tokens is not None:
+        return {"tokens": request.val_tokens}
+    expected = sum(file.estimated_tokens() for file in request.source.files)
+    if min(expected, request.max_tokens or expected) >= _SMALL_SHARDS * request.shard_tokens:
+        return {"tokens": request.shard_tokens}
+    if request.max_tokens is not None and request.max_tokens < expected:
+        return {"tokens": max(1, request.max_tokens * _SMALL_PERCENT // 100)}
+    documents = 0
+    for number, file in enumerate(request.source.files):
+        fetcher.start(range(number, len(request.source.files)))
+        documents += count_documents(fetcher.get(number)[0], file.kind)
+    if documents < 2:
+        raise UserError(
+            f"the source holds {documents} document(s), of which none can be set aside for validation (a plain-text "
+            "file is one document); give more files, or JSON lines with one document each"
+        )
+    return {"documents": max(1, round(documents * _SMALL_PERCENT / 100))}
+
+
+def _characters(request: Request, fetcher: Fetcher, say: Callable[[str], None]) -> CharTokenizer:
+    """The vocabulary of all characters of the source, read once for the purpose."""
+    if request.part is not None:
+        raise UserError("--part with --tokenizer char: parts would not know each other's characters; make it in one")
+    characters: set[str] = set()
+    with Workers(request.workers, None) as workers:
+        units = Units(request.source, Part(), fetcher, Position())
+        for unit, found in workers.run(units, characters_of_unit):
+            characters |= found
+            if unit.last:
+                fetcher.release(unit.place.file)
+    if not characters:
+        raise UserError("the source holds no text; look at its files and their 'text' columns")
+    say(f"{len(characters):,} distinct characters")
+    return CharTokenizer("".join(sorted(characters)))
+
+
+def _continued(request: Request, manifest: Manifest) -> Manifest:
+    """The manifest of an earlier run of the same request. UserError naming what differs."""
+    old = {k: v for k, v in manifest.options.items() if k != "validation"}
+    now: dict[str, Any] = request.options()
+    differences = [f"{k} was {old.get(k)}, now {now[k]}" for k in now if old.get(k) != now[k]]
+    if manifest.name != request.name:
+        differences.append(f"name was {manifest.name}, now {request.name}")
+    if manifest.tokenizer["name"] != request.tokenizer:
+        differences.append(f"tokenizer was {manifest.tokenizer['name']}, now {request.tokenizer}")
+    source = request.source.to_dict()
+    differences += [
+        f"{k} was {manifest.source.get(k)}, now {source[k]}"
+        for k in ("description", "revision")
+        if manifest.source.get(k) != source[k]
+    ]
+    before = {file["name"]: file for file in manifest.source.get("files", [])}
+    after = {file["name"]: file for file in source["files"]}
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name) and (name != manifest.failed_file or name not in after):
+            change = "is gone" if name not in after else "is new" if name not in before else "has changed"
+            differences.append(f"source file {name} {change}")
+    if differences:
+        more = f", and {len(differences) - 5} more differences" if len(differences) > 5 else ""
+        raise UserError(
+            f"{request.directory} was begun otherwise: {'; '.join(differences[:5])}{more}; run it as it was begun, "
+            "or choose another --out"
+        )
+    return replace(manifest, source=source, failed_file=None)
+
+
+def _damaged_shards(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> list[int]:
+    """Numbers of the manifest's shards that are missing or not what they should be, after reading all."""
+    damaged, done = [], 0
+    progress = TokenProgress("verifying")
+    total = max(sum(entry.tokens for entry in manifest.shards), 1)
+    for index, check in enumerate(check_manifest(directory, manifest)):
+        done += manifest.shards[index].tokens
+        progress.update(done, done / total)
+        if check.problem:
+            damaged.append(index)
+    progress.close()
+    for index in damaged[:5]:
+        say(f"{manifest.shards[index].file} is missing or damaged; making it again")
+    return damaged
+
+
+def _refuse_strangers(request: Request) -> None:
+    """UserError where the directory holds shards of another origin."""
+    directory = request.directory
+    others = [p for p in directory.glob("manifest*.json") if request.part is None or ".part-" not in p.name]
+    shards = [p for p in directory.iterdir() if p.suffix in (".npy", ".bin")]
+    alone = not any(directory.glob("manifest.part-*.json"))
+    if others or (shards and (request.part is None or alone)):
+        found = (others or shards)[0].name
+        raise UserError(f"{directory} holds {found}, which is of another origin; choose an empty directory with --out")
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Hold a lock as long as this process makes what the manifest `path` describes."""
+    lock = path.with_name(f".{path.name}.lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                yield  # a file system without locks
+                return
+            raise UserError(f"another process is at work in {path.parent}; wait for it, or end it") from error
+        yield
+
+
+def totals(manifest: Manifest) -> str:
+    """One line: tokens and documents of a data set."""
+    s = manifest.statistics()
+    return (
+        f"{s['train_tokens']:,} training and {s['val_tokens']:,} validation tokens, "
+        f"{s['documents']:,} documents in {len(manifest.shards)} shards"
+    )

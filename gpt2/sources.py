@@ -1,0 +1,335 @@
+"""Text in files: parquet, JSON lines and plain text, read in units that workers take one by one.
+
+A unit is a row group of a parquet file, or an equal slice of another file. Units are independent: the
+tokens of a file are those of its units, one after the other, wherever they are read. A slice of JSON
+lines owns the lines that begin in it. A plain-text file is one document; its slices are cut before a
+space or a newline that follows something else, where GPT-2's pattern always cuts too.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt2.errors import UserError
+
+SLICE_BYTES = 1 << 22  # of JSON lines and plain text: about a million tokens
+_BATCH_ROWS = 1000  # rows of a parquet file that are text in memory at one time
+_KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}
+_COMPRESSIONS = (".gz", ".zst")
+# Bytes in a file for one GPT-2 token of English, roughly; decides only whether a corpus is small.
+_BYTES_A_TOKEN = {"parquet": 2.5, "jsonl": 4.5, "text": 4.2}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    Attributes:
+        name: relative to the files' common directory, or in the repository.
+        size: bytes.
+        identity: what tells it from another file of that name and size.
+        kind: "parquet", "jsonl" or "text".
+        compression: "", ".gz" or ".zst".
+        path: where it is; None where it has to be fetched.
+    """
+
+    name: str
+    size: int
+    identity: str
+    kind: str
+    compression: str
+    path: Path | None = None
+
+    def estimated_tokens(self) -> float:
+        """A rough guess from the size alone."""
+        return self.size / _BYTES_A_TOKEN[self.kind] * (2.5 if self.compression else 1.0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files in the order in which they are read.
+
+    Attributes:
+        description: "local files", or the Hub's files as "hf://datasets/OWNER/NAME[@REVISION]/PATTERN".
+        revision: the Hub's commit; None for local files.
+        files: sorted by name.
+    """
+
+    description: str
+    revision: str | None
+    files: tuple[SourceFile, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a manifest keeps of it."""
+        return {
+            "description": self.description,
+            "revision": self.revision,
+            "files": [{"name": f.name, "size": f.size, "id": f.identity} for f in self.files],
+        }
+
+
+class FileProblem(UserError):
+    """A file of the source cannot be used.
+
+    Args:
+        number: of the file in the source.
+        message: what is wrong with it.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Document(NamedTuple):
+    """A document, or the next slice of one that is plain text.
+
+    Attributes:
+        text: "" for a null or empty document.
+        begins: False for a slice that goes on with the document before it.
+        replaced: the text had invalid UTF-8, now U+FFFD.
+    """
+
+    text: str
+    begins: bool = True
+    replaced: bool = False
+
+
+def kind_of(name: str) -> tuple[str, str] | None:
+    """(kind, compression) by a file's name; None where it is none of the known kinds."""
+    stem, compression = name, ""
+    if name.endswith(_COMPRESSIONS):
+        stem, compression = os.path.splitext(name)
+    kind = _KINDS.get(os.path.splitext(stem)[1])
+    if kind is None or (kind == "parquet" and compression):
+        return None
+    return kind, compression
+
+
+def local_source(patterns: Sequence[str]) -> Source:
+    """Files, directories and glob patterns on this machine, as one source in order of name.
+
+    Raises:
+        UserError: nothing matches, a file is of no known kind, unreadable, or not what its name says.
+    """
+    paths: set[Path] = set()
+    for pattern in patterns:
+        found = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True)]
+        if not found:
+            raise UserError(f"--source {pattern}: no such file, directory or pattern")
+        for path in found:
+            if path.is_dir():
+                inside = [p for p in path.rglob("*") if p.is_file() and kind_of(p.name)]
+                if not inside:
+                    raise UserError(f"--source {path}: no {_known_names()} file in this directory")
+                paths.update(p.absolute() for p in inside)
+            elif kind_of(path.name) is None:
+                raise UserError(f"--source {path}: not a {_known_names()} file")
+            else:
+                paths.add(path.absolute())
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    files = []
+    for name, path in sorted((p.relative_to(common).as_posix(), p) for p in paths):
+        kind, compression = kind_of(name) or ("", "")
+        try:
+            size, identity = path.stat().st_size, _identity(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        if kind == "parquet":
+            count_units(path, kind)  # an unreadable file is refused before anything is made
+        files.append(SourceFile(name, size, identity, kind, compression, path))
+    return Source("local files", None, tuple(files))
+
+
+def _known_names() -> str:
+    return ".parquet, .jsonl or .txt (also .gz, .zst)"
+
+
+def _identity(path: Path) -> str:
+    """SHA-256 of a file's first and last 64 KiB: cheap, and a parquet file's index is at its end."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(1 << 16))
+        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        digest.update(file.read())
+    return "ends-sha256:" + digest.hexdigest()
+
+
+def decompress(path: Path, out: Path) -> None:
+    """Write the content of a .gz or .zst file to `out`. UserError where it is damaged."""
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        with open(temporary, "wb") as target:
+            if path.suffix == ".gz":
+                with gzip.open(path) as plain:
+                    shutil.copyfileobj(plain, target, 1 << 20)
+            else:
+                import pyarrow
+
+                with pyarrow.input_stream(str(path), compression="zstd") as plain:
+                    while block := plain.read(1 << 20):
+                        target.write(block)
+        os.replace(temporary, out)
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename != str(path):
+            raise  # the disk, not the file
+        raise UserError(f"{path} is damaged ({error}); replace it") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def count_units(path: Path, kind: str) -> int:
+    """Units of an uncompressed file. UserError for a parquet file that is damaged or has no text."""
+    if kind == "parquet":
+        groups: int = _open_parquet(path).metadata.num_row_groups
+        return groups
+    return max(1, -(-path.stat().st_size // SLICE_BYTES))
+
+
+def count_documents(path: Path, kind: str) -> int:
+    """Documents of an uncompressed file, null and empty ones included."""
+    if kind == "parquet":
+        rows: int = _open_parquet(path).metadata.num_rows
+        return rows
+    if kind == "text":
+        return 1
+    with open(path, "rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def read_unit(path: Path, kind: str, unit: int) -> Iterator[Document]:
+    """Documents of one unit. UserError naming the place where the file is damaged."""
+    if kind == "parquet":
+        return _read_row_group(path, unit)
+    return _read_lines(path, unit) if kind == "jsonl" else _read_text(path, unit)
+
+
+_open_file: tuple[str, Any] | None = None  # the parquet file this process read last
+
+
+def _open_parquet(path: Path) -> Any:
+    """An open parquet file, kept until another is asked for: its index may take long to parse."""
+    global _open_file
+    if _open_file is None or _open_file[0] != str(path):
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: cannot be read as parquet ({_first_line(error)})") from error
+        names = file.schema_arrow.names
+        if "text" not in names:
+            raise UserError(f"{path}: no column 'text', only {', '.join(names)}")
+        kind = file.schema_arrow.field("text").type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise UserError(f"{path}: column 'text' is of type {kind}, not string")
+        _open_file = (str(path), file)
+    return _open_file[1]
+
+
+def _read_row_group(path: Path, unit: int) -> Iterator[Document]:
+    import pyarrow
+
+    batches = _open_parquet(path).iter_batches(_BATCH_ROWS, row_groups=[unit], columns=["text"], use_threads=False)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: row group {unit} is damaged ({_first_line(error)})") from error
+        if batch is None:
+            return
+        column = batch.column(0)
+        try:
+            for text in column.to_pylist():
+                yield Document(text or "")
+        except UnicodeDecodeError:
+            for data in column.cast(pyarrow.binary()).to_pylist():
+                yield _decode(data or b"")
+
+
+def _read_lines(path: Path, unit: int) -> Iterator[Document]:
+    start = unit * SLICE_BYTES
+    with open(path, "rb") as file:
+        position = start
+        if start:
+            file.seek(start - 1)
+            position = start - 1 + len(file.readline())  # the line before owns what is left of it
+        while position < start + SLICE_BYTES and (line := file.readline()):
+            if position == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield _parse_line(path, position, line)
+            position += len(line)
+
+
+def _parse_line(path: Path, position: int, line: bytes) -> Document:
+    decoded = _decode(line)
+    try:
+        record = json.loads(decoded.text)
+    except ValueError as error:
+        raise UserError(f"{path}: the line at byte {position:,} is not JSON ({error})") from error
+    if not isinstance(record, dict) or "text" not in record:
+        keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{path}: the line at byte {position:,} has no 'text', only: {keys[:200]}")
+    text = record["text"]
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"{path}: 'text' of the line at byte {position:,} is of type {type(text).__name__}, not a string"
+        )
+    return Document(text or "", replaced=decoded.replaced)
+
+
+def _read_text(path: Path, unit: int) -> Iterator[Document]:
+    with open(path, "rb") as file:
+        start = _cut_after(file, unit * SLICE_BYTES)
+        stop = _cut_after(file, (unit + 1) * SLICE_BYTES)
+        file.seek(start)
+        data = file.read(stop - start)
+    if unit == 0:
+        data = data.removeprefix(b"\xef\xbb\xbf")
+    if data or unit == 0:
+        yield _decode(data)._replace(begins=unit == 0)
+
+
+def _cut_after(file: Any, position: int) -> int:
+    """First place from `position` on where plain text may be cut without changing its tokens."""
+    size = os.fstat(file.fileno()).st_size
+    if position == 0 or position >= size:
+        return min(position, size)
+    context = 4  # bytes of the longest character, to see what is before the cut
+    file.seek(position - context)
+    data = file.read(context)
+    while block := file.read(1 << 16):
+        data += block
+        for match in re.finditer(rb"[ \n]", data[context:]):
+            at = context + match.start()
+            before = data[at - context : at].decode("utf-8", errors="ignore")
+            if before and not before[-1].isspace():
+                return position - context + at
+        position += len(block)
+        data = data[-context:]
+    return size
+
+
+def _decode(data: bytes) -> Document:
+    try:
+        return Document(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return Document(data.decode("utf-8", errors="replace"), replaced=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
