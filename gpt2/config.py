@@ -162,7 +162,7 @@ class OptimConfig:
     learning_rate: float = 6e-4
     """Peak learning rate of AdamW."""
     muon_learning_rate: float = 0.02
-    """Peak learning rate of Muon's matrices, in units of an update whose root mean square is 0.2."""
+    """Peak learning rate of Muon's matrices, in units of an update with singular values near 1."""
     schedule: Schedule = "cosine"
     """Shape after the warm-up; wsd: warm-up, stable, decay."""
     warmup_steps: int = 715
@@ -256,6 +256,8 @@ class RunConfig:
     """Project of Weights & Biases the run belongs to."""
     tensorboard: bool = False
     """Write TensorBoard's event files to RUN/tensorboard."""
+    plot_schedule: Path | None = None
+    """Only draw the learning rate over the run's steps into this image."""
     profile: int = 0
     """Steps to trace with PyTorch's profiler, after the first few, into RUN/profile. 0: none."""
 

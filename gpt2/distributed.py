@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from gpt2.config import RunConfig
 from gpt2.errors import UserError
+from gpt2.model import GPT
+
+T = TypeVar("T")
 
 STARTUP_TIMEOUT = timedelta(minutes=30)
 """How long a process may wait for the others until the first step is done: compiling takes minutes."""
@@ -57,6 +65,29 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do something that may fail, and give every process its result.
+
+        Args:
+            work: done by rank 0 alone; its result can be pickled.
+
+        Raises:
+            UserError: rank 0's, in every process.
+        """
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
 
 def pick_device(choice: str, local_rank: int = 0) -> torch.device:
     """The device a process computes on.
@@ -92,6 +123,9 @@ def pick_device(choice: str, local_rank: int = 0) -> torch.device:
 def world(device: str = "auto") -> Iterator[World]:
     """Join the processes torchrun started, nccl between GPUs and gloo between CPUs, and leave them at the end.
 
+    When a process waits too long for another one, nccl writes what each was doing (its flight recorder) to files whose
+    names begin with TORCH_FR_DUMP_TEMP_FILE.
+
     Args:
         device: of `pick_device`.
     """
@@ -108,7 +142,76 @@ def world(device: str = "auto") -> Iterator[World]:
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", timeout=STARTUP_TIMEOUT, device_id=this.device if on_gpu else None
     )
-    try:
-        yield this
-    finally:
-        dist.destroy_process_group()
+    yield this
+    dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
+
+
+def shorten_timeout() -> None:
+    """From now on wait STEP_TIMEOUT for the others, not STARTUP_TIMEOUT; to be called after the first step."""
+    if dist.is_initialized():
+        # No public function changes a living group's time-out; torchtitan calls this one too.
+        dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, dist.group.WORLD)
+
+
+def parallelize(model: GPT, config: RunConfig, world: World, dtype: str, grad_accum_steps: int) -> nn.Module:
+    """What happens to a model before it trains, in the one order that works: checkpoint, compile, distribute.
+
+    Args:
+        model: on its device, all weights in place; the optimizer is made afterwards, of its parameters.
+        config: says what is wanted.
+        world: the processes.
+        dtype: of `gpt2.precision.resolve_dtype`.
+        grad_accum_steps: forward and backward passes a step.
+
+    Returns:
+        The module to call for a loss; `model` itself goes on serving evaluation, sampling and checkpoints.
+    """
+    model.activation_checkpointing = config.activation_checkpointing
+    if config.compile:
+        for block in model.h:
+            block.compile()
+    if config.parallel == "fsdp":
+        return _shard(model, dtype)
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=grad_accum_steps == 1,  # no_sync changes what a backward pass does
+    )
+
+
+def _shard(model: GPT, dtype: str) -> nn.Module:
+    """FSDP2: each block's weights are gathered when it runs, gradients are summed in fp32."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if dtype == "bf16" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.h:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    register_fsdp_forward_method(model, "hidden")  # evaluation and sampling enter there
+    return model
+
+
+def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """The context of a micro-step's forward and backward pass: gradients are reduced in the step's last one only."""
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if last else model.no_sync()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; every process must ask for it at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def place_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, equal in all processes, on a parameter's device and sharded as it is."""
+    moved = tensor.to(parameter.device, copy=True)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return moved

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt2.attention import CausalSelfAttention, KVCache, attention_mask, rotary_tables
 from gpt2.config import ModelConfig
@@ -94,6 +95,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # recompute each block's activations in the backward pass
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -189,7 +191,10 @@ class GPT(nn.Module):
         if mask is not None:
             masks = {window: attention_mask(positions, key_positions, window, mask) for window in masks}
         for block, window in zip(self.h, windows, strict=True):
-            x = block(x, rotary, masks[window], cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, masks[window], use_reentrant=False)
+            else:
+                x = block(x, rotary, masks[window], cache)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)

@@ -1,0 +1,58 @@
+"""Validation loss over a fixed number of tokens: the same number for any machine, world size and micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gpt2.distributed import World
+from gpt2.loader import Blocks, to_device
+from gpt2.loss import IGNORE
+
+
+def count_val_blocks(blocks: Blocks, val_tokens: int) -> int:
+    """Blocks that make up the first `val_tokens` tokens of the split, or all of them, and at least one."""
+    return min(max(val_tokens // blocks.block_size, 1), blocks.count)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module,
+    blocks: Blocks,
+    val_tokens: int,
+    micro_batch_size: int,
+    world: World,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> float:
+    """Mean negative log-likelihood a token, in nats, over the first `val_tokens` tokens of the validation split.
+
+    Every process takes the same number of equal micro-batches, filled up with positions that do not count, so shapes
+    are static and collectives inside the model pair up.
+
+    Args:
+        model: GPT or its wrapper: (tokens, targets) to the sum of the losses.
+        blocks: the validation split.
+        val_tokens: how many; of `count_val_blocks`.
+        micro_batch_size: sequences a forward pass.
+        world: the processes that share the work.
+        autocast: makes the precision context the run trains under.
+    """
+    count = count_val_blocks(blocks, val_tokens)
+    stride = micro_batch_size * world.size
+    total = torch.zeros((), device=world.device, dtype=torch.float32 if world.device.type == "mps" else torch.float64)
+    was_training = model.training
+    model.eval()
+    for start in range(0, count, stride):
+        mine = np.arange(micro_batch_size) + start + world.rank * micro_batch_size
+        tokens = to_device(blocks.read(np.minimum(mine, count - 1)), world.device)
+        padding = torch.from_numpy(mine >= count).to(world.device)  # (B,)
+        targets = tokens[:, 1:].masked_fill(padding[:, None], IGNORE)
+        with autocast():
+            loss: Tensor = model(tokens[:, :-1], targets)
+        total += loss
+    model.train(was_training)
+    return world.sum_(total).item() / (count * blocks.block_size)
