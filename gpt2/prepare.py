@@ -331,3 +331,26 @@ def totals(manifest: Manifest) -> str:
         f"{s['train_tokens']:,} training and {s['val_tokens']:,} validation tokens, "
         f"{s['documents']:,} documents in {len(manifest.shards)} shards"
     )
+
+
+def reusable(directory: Path, source: dict[str, Any], tokenizer: str, suffix: str) -> Manifest | None:
+    """The manifest of a small data set that an earlier run of the same script finished; None where there is none.
+
+    Raises:
+        UserError: the directory holds another data set, or a damaged one.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.exists():
+        return None
+    manifest = load_manifest(path)
+    if not manifest.complete:
+        return None
+    same = manifest.source.get("description") == source["description"] and manifest.tokenizer["name"] == tokenizer
+    if not same or any(not entry.file.endswith(suffix) for entry in manifest.shards):
+        raise UserError(
+            f"{directory} holds another data set ({manifest.source.get('description')}); choose another --out"
+        )
+    for check in check_manifest(directory, manifest):
+        if check.problem:
+            raise UserError(f"{check.path}: {check.problem}; delete {directory} and make it again")
+    return manifest
