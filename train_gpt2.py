@@ -116,8 +116,7 @@ class Run:
             )
 
         # The run's directory, and where in the run we are.
-        assert config.run.run is not None, "every preset names one"
-        self.directory: Path = config.run.run
+        self.directory = config.run.run_dir
         start = world.on_main(self.claim_directory)
         self.model = (initial or GPT(config.model).init_weights(config.run.seed)).to(world.device)
         self.step = 0  # optimizer steps finished

@@ -197,8 +197,9 @@ class OptimConfig:
 class RunConfig:
     """Where, how long and how carefully a run goes."""
 
-    run: Path | None = None
-    """Directory the run writes to; None: runs/<preset>."""
+    run_dir: Path = Path("runs/gpt2")
+    """Directory the run writes to. --run is short for it; behind torchrun write --run-dir, since torchrun reads --run
+    as the beginning of an option of its own."""
     max_steps: int = 19_073
     """Optimizer steps in all; 19,073 × 524,288 = 10 B tokens."""
     seed: int = 1337
@@ -279,7 +280,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     """The optimization."""
     run: RunConfig = RunConfig()
-    """The run."""
+    """The run itself."""
 
     def __post_init__(self) -> None:
         tokens, length = self.data.total_batch_tokens, self.model.block_size

@@ -16,7 +16,7 @@ def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, micro_batch_size: i
         model=ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd),
         data=DataConfig(micro_batch_size=micro_batch_size),
         optim=OptimConfig(**optim),  # type: ignore[arg-type]
-        run=RunConfig(run=Path("runs") / name),
+        run=RunConfig(run_dir=Path("runs") / name),
     )
 
 
@@ -49,7 +49,7 @@ def presets() -> dict[str, tuple[str, Config]]:
                 ),
                 optim=OptimConfig(learning_rate=2e-3, warmup_steps=20),
                 run=RunConfig(
-                    run=Path("runs/quickstart"),
+                    run_dir=Path("runs/quickstart"),
                     max_steps=220,
                     eval_every=55,
                     log_every=5,
@@ -66,7 +66,7 @@ def presets() -> dict[str, tuple[str, Config]]:
                 data=DataConfig(data=Path("data/pydocs"), micro_batch_size=4, total_batch_tokens=1024, val_tokens=4096),
                 optim=OptimConfig(learning_rate=1e-3, warmup_steps=5),
                 run=RunConfig(
-                    run=Path("runs/debug"),
+                    run_dir=Path("runs/debug"),
                     max_steps=20,
                     eval_every=10,
                     log_every=1,
@@ -97,7 +97,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     """
     import tyro  # a third of a second, which importing the library need not cost
 
-    words = list(argv)
+    words = ["--run-dir" + word[len("--run") :] if word.split("=")[0] == "--run" else word for word in argv]
     named = presets()
     if "--config" in words:
         at = words.index("--config")
