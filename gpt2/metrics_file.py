@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
@@ -64,7 +65,11 @@ class MetricsFile:
         self.whole = True  # the file ends with a whole line
         with self._forgive():
             self.file = FileIO(path, "a+")
-            if not lock(self.file):
+            for _ in range(20):  # somebody who looks at the run holds it for an instant
+                if lock(self.file):
+                    break
+                time.sleep(0.05)
+            else:
                 self.file.close()
                 raise UserError(f"another process is training into {path.parent}; wait for it, or choose another --run")
             size = self.file.seek(0, os.SEEK_END)

@@ -1,0 +1,122 @@
+"""Draw one or more training runs as a page that opens offline, with PNG pictures beside it.
+
+python scripts/report.py runs/gpt2 --out report.html
+python scripts/report.py runs/baseline runs/muon --out compare.html --price 2.50
+python scripts/report.py runs/gpt2 --watch
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt2.errors import UserError, run_cli
+from gpt2.report import report
+from gpt2.runs import Run, open_run
+
+PAGE = Path(__file__).resolve().parent / "report_page"
+
+
+def render(content: dict[str, Any], *, refresh: int | None = None) -> str:
+    """The page as one HTML text that loads nothing.
+
+    Args:
+        content: of `gpt2.report.report`.
+        refresh: seconds after which a browser reads the file again; None: never.
+    """
+    # "<" inside JSON could end the script element that holds it.
+    data = json.dumps(content, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    page = (PAGE / "page.html").read_text(encoding="utf-8")
+    script = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in ("chart.js", "page.js"))
+    if refresh is not None:
+        page = page.replace("<title>", f'<meta http-equiv="refresh" content="{refresh}">\n<title>')
+    pieces = {"style": (PAGE / "page.css").read_text(encoding="utf-8"), "script": script, "data": data}
+    for name, text in pieces.items():
+        page = page.replace(f"/* {name} */", text, 1)
+    return page
+
+
+def write_report(
+    runs: Sequence[Run], out: Path, *, price: float | None, png: bool, log_tokens: bool, refresh: int | None = None
+) -> list[Path]:
+    """Write the page and its pictures; returns what was written.
+
+    Args:
+        runs: to overlay.
+        out: the page; pictures go beside it.
+        price: of a device-hour, None: no cost.
+        png: draw the pictures too.
+        log_tokens: of the pictures; the page has a switch.
+        refresh: of `render`.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    content = report(runs, price=price)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(f".{out.name}.part")
+        part.write_text(render(content, refresh=refresh), encoding="utf-8")
+        os.replace(part, out)
+        written = [out]
+        if png:
+            from gpt2.plots import save_plots
+
+            try:
+                written += save_plots(content, out.parent, log_tokens=log_tokens)
+            except ImportError:
+                print("no pictures: matplotlib is not installed (pip install matplotlib, or --no-png)")
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror}; choose another --out") from None
+    return written
+
+
+def positive(text: str) -> float:
+    """A command-line number above zero."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def main() -> int:
+    """Write the report; with --watch again and again while a run goes on."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument("--out", type=Path, help="the page (default: report.html in the first RUN)")
+    parser.add_argument("--price", type=positive, help="of one device for one hour, for the cost estimate")
+    parser.add_argument("--log-tokens", action="store_true", help="logarithmic token axis in the PNG pictures")
+    parser.add_argument("--no-png", dest="png", action="store_false", help="write the page alone")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        const=30.0,
+        type=positive,
+        metavar="SECONDS",
+        help="rewrite it every so often (30) until no run is going; the page reloads itself",
+    )
+    args = parser.parse_args()
+    directories = list({path.resolve(): path for path in args.runs}.values())
+    out: Path = args.out or directories[0] / "report.html"
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory; name a file, such as {out / 'report.html'}")
+    while True:
+        runs = [open_run(path) for path in directories]
+        going = args.watch is not None and any(run.status() == "running" for run in runs)
+        refresh = max(round(args.watch), 1) if going else None
+        written = write_report(runs, out, price=args.price, png=args.png, log_tokens=args.log_tokens, refresh=refresh)
+        print(f"wrote {', '.join(map(str, written))}", flush=True)
+        if not going:
+            return 0
+        time.sleep(args.watch)
+
+
+if __name__ == "__main__":
+    run_cli(main)
