@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt2.compile import compile_model
 from gpt2.config import RunConfig
 from gpt2.errors import UserError
 from gpt2.model import GPT
@@ -168,8 +169,7 @@ def parallelize(model: GPT, config: RunConfig, world: World, dtype: str, grad_ac
     """
     model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
-        for block in model.h:
-            block.compile()
+        compile_model(model)
     if config.parallel == "fsdp":
         return _shard(model, dtype)
     if world.size == 1:

@@ -4,10 +4,16 @@ For 64 × 1024 positions and 50,304 rows of vocabulary, logits in fp32 are 13 GB
 log-softmax and their gradient. Here a chunk of positions passes through the head at a time, and its gradient is formed
 at once, in the forward pass: the softmax minus the target's one-hot is all that backward needs, so each logit is
 computed once, used three times, and forgotten. What stays are the gradients of the inputs, which `backward` scales.
+
+Two sizes matter. A *chunk* is what a matrix product sees: many rows, or the products are slow. A *tile* is what is in
+fp32 at a time: on a CPU few rows, so that the passes of softmax over it stay in cache; on a GPU, where memory is fast
+and every launch costs, the whole chunk. `torch.compile` makes the passes one kernel that needs no fp32 copy and no
+tiles; `gpt2.compile` puts that kernel in place of `softmax_`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +22,9 @@ from torch import Tensor
 
 IGNORE = -100
 """The target of a position that does not count."""
+
+Softmax = Callable[[Tensor, Tensor, int, float | None], Tensor]
+"""Type of `softmax_` and of its compiled form."""
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
@@ -34,13 +43,45 @@ def plain_cross_entropy(
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
+def softmax_(logits: Tensor, targets: Tensor, vocab_size: int, cap: float | None) -> Tensor:
+    """Turn logits into the gradient of the negative log-likelihood, in place but for the targets' own elements.
+
+    Args:
+        logits: (n, V) in any floating type; becomes softmax over the first `vocab_size`, 0 behind, times the
+            derivative of `softcap`. All arithmetic is in fp32.
+        targets: (n, 1) ids.
+        vocab_size: as in `linear_cross_entropy`.
+        cap: as in `linear_cross_entropy`.
+
+    Returns:
+        Log-probabilities of the targets, (n, 1), fp32.
+    """
+    capped = softcap(logits[:, :vocab_size].float(), cap)
+    log_probs = F.log_softmax(capped, dim=-1)
+    picked = log_probs.gather(1, targets)
+    grad = log_probs.exp_()
+    if cap is not None:
+        grad.mul_(1 - (capped / cap).square())
+    logits[:, :vocab_size] = grad
+    logits[:, vocab_size:] = 0
+    return picked
+
+
+def softmax_tiled_(logits: Tensor, targets: Tensor, vocab_size: int, cap: float | None) -> Tensor:
+    """`softmax_`, a few rows at a time on a CPU: 16 rows of GPT-2's vocabulary are 3 MB in fp32."""
+    tile = 16 if logits.device.type == "cpu" else logits.size(0)
+    tiles = zip(logits.split(tile), targets.split(tile), strict=True)
+    return torch.cat([softmax_(rows, index, vocab_size, cap) for rows, index in tiles])
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     vocab_size: int,
     cap: float | None = None,
-    chunk: int = 1024,
+    chunk: int | None = None,
+    softmax: Softmax = softmax_tiled_,
 ) -> Tensor:
     """Sum of the negative log-likelihoods of `targets` under softmax(hidden weightᵀ), with its gradients.
 
@@ -52,15 +93,20 @@ def linear_cross_entropy(
         targets: (N,) ids below vocab_size, or IGNORE.
         vocab_size: rows of `weight` that are real.
         cap: of `softcap`.
-        chunk: positions that pass through the head at a time.
+        chunk: positions that pass through the head at a time; None: 1,024 on a CPU (103 MB of GPT-2's logits in
+            bf16), 8,192 elsewhere (824 MB).
+        softmax: `softmax_` in the form that is fastest here.
 
     Returns:
         Scalar, nats, fp32.
     """
     device = hidden.device.type
+    if chunk is None:
+        chunk = 1024 if device == "cpu" else 8192
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, cap, chunk, dtype, needs_gradient)
+    options = (vocab_size, cap, chunk, softmax, dtype, needs_gradient)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, *options)
     return loss
 
 
@@ -74,42 +120,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         cap: float | None,
         chunk: int,
+        softmax: Softmax,
         dtype: torch.dtype,
         needs_gradient: bool,
     ) -> Tensor:
+        N = hidden.size(0)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        w = weight.to(dtype)
+        w = weight.to(dtype)  # (V, C)
+        # One buffer for all chunks: a new one each time costs a CPU a page fault every 4 kB.
+        buffer = torch.empty(min(chunk, N), w.size(0), dtype=dtype, device=hidden.device)
         if needs_gradient:
             hidden_grad = torch.empty_like(hidden)
-            weight_grad = torch.zeros_like(weight)
+            # FSDP hands over weights in bf16; the sum over chunks would lose its small terms in that.
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.size(0), chunk):
+            for start in range(0, N, chunk):
                 rows = slice(start, start + chunk)
-                h = hidden[rows].to(dtype)  # (n, C)
-                counts = targets[rows] != IGNORE  # (n,)
-                index = targets[rows].clamp(min=0)[:, None]  # (n, 1)
+                ignored = targets[rows, None] == IGNORE  # (n, 1)
+                index = targets[rows, None].masked_fill(ignored, 0)  # (n, 1)
+                # A position that does not count enters the products as zeros: cheaper than masking its logits.
+                h = hidden[rows].to(dtype).masked_fill(ignored, 0)  # (n, C)
 
-                logits = softcap(F.linear(h, w).float(), cap)  # (n, V)
-                logits[:, vocab_size:] = float("-inf")
-                log_normalizer = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
-                nll = (log_normalizer - logits.gather(1, index)).squeeze(1)
-                loss += nll.masked_fill(~counts, 0).sum()
+                logits = torch.mm(h, w.t(), out=buffer[: h.size(0)])  # (n, V)
+                target_logits = logits.gather(1, index).float()  # (n, 1), before they are overwritten
+                log_probs = softmax(logits, index, vocab_size, cap)  # (n, 1)
+                loss -= log_probs.masked_fill(ignored, 0).sum()
                 if not needs_gradient:
                     continue
 
-                grad = (logits - log_normalizer).exp_()  # softmax
-                grad.scatter_add_(1, index, grad.new_full(index.shape, -1))
-                grad *= counts[:, None]
-                if cap is not None:  # the derivative of cap·tanh(x / cap)
-                    grad *= 1 - (logits.clamp(-cap, cap) / cap).square()
-                grad = grad.to(dtype)
-                hidden_grad[rows] = grad @ w
+                grad = logits  # (n, V), the softmax by now, which still lacks minus the one-hot
+                target_grad = torch.expm1(log_probs)  # p - 1 without cancellation, in fp32
+                if cap is not None:
+                    target_grad *= 1 - torch.tanh(target_logits / cap).square()
+                grad.scatter_(1, index, target_grad.to(dtype))
+                hidden_grad[rows] = (grad @ w).masked_fill_(ignored, 0)
                 weight_grad += grad.t() @ h
         if needs_gradient:
-            ctx.save_for_backward(hidden_grad, weight_grad)
+            ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
         return loss
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * loss_grad, weight_grad * loss_grad, None, None, None, None, None, None
+        return hidden_grad * loss_grad, weight_grad * loss_grad, *[None] * 7

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2.attention import CausalSelfAttention, KVCache, attention_mask, rotary_tables
 from gpt2.config import ModelConfig
-from gpt2.loss import linear_cross_entropy, softcap
+from gpt2.loss import Softmax, linear_cross_entropy, softcap, softmax_tiled_
 
 INIT_STD = 0.02
 
@@ -96,6 +96,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute each block's activations in the backward pass
+        self.softmax: Softmax = softmax_tiled_  # the form of it that the loss uses; gpt2.compile sets another
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -224,6 +225,7 @@ class GPT(nn.Module):
             targets.flatten(),
             vocab_size=self.config.vocab_size,
             cap=self.config.logit_softcap,
+            softmax=self.softmax,
         )
 
     def num_parameters(self) -> int:

@@ -1,0 +1,28 @@
+"""How the model is compiled: each block by itself, and the softmax of the loss.
+
+All blocks have the same code and shapes, so the first one's compiled form serves every other, and compiling takes a
+few seconds whatever the depth; compiling the whole body takes several times that and is no faster (the figures are in
+docs/performance.md). Blocks are also the units that DDP overlaps, FSDP gathers and activation checkpointing recomputes.
+The head's matrix products stay outside: `gpt2.loss` walks over them chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gpt2.loss import softmax_
+from gpt2.model import GPT
+
+
+def compile_model(model: GPT) -> None:
+    """Compile the model's blocks and its loss, in place; parameter names stay as they are.
+
+    Compilation happens at the first call, once for each shape and for training and evaluation apart. Code that calls
+    the model with many shapes, such as sampling, does so under `torch.compiler.set_stance("force_eager")`.
+
+    Args:
+        model: on its device; to be wrapped by DDP or FSDP afterwards.
+    """
+    for block in model.h:
+        block.compile(dynamic=False)
+    model.softmax = torch.compile(softmax_, dynamic=False)
