@@ -86,9 +86,11 @@ def config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, 
     odd = not_in_transformers(config)
     ours: dict[str, Any] = {}
     defaults = _defaults(config)
-    for name in (*_FIXED_IN_HF, *_OURS_ALONE, *(["activation"] if odd else [])):
+    for name in (*_FIXED_IN_HF, *_OURS_ALONE):
         if getattr(config, name) != defaults[name]:
             ours[name] = getattr(config, name)
+    if odd:
+        ours["activation"] = config.activation  # its place is taken by the refusal below
     if tokenizer is not None:
         ours["tokenizer"] = tokenizer_to_dict(tokenizer)
     eot = None if tokenizer is None else tokenizer.eot_token
@@ -229,8 +231,11 @@ def state_dict_from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> di
         if name in ("wte.weight", "lm_head.weight") and tensor.ndim == 2 and tensor.size(0) == config.vocab_size:
             tensor = F.pad(tensor, (0, 0, 0, shape[0] - config.vocab_size))
         if tensor.shape != shape:
-            wanted = (config.vocab_size, *shape[1:]) if name in ("wte.weight", "lm_head.weight") else tuple(shape)
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}; config.json asks for {wanted}")
+            rows = config.vocab_size if name in ("wte.weight", "lm_head.weight") else shape[0]
+            wanted = (rows, *shape[1:])
+            if _TRANSPOSED.search(name):
+                wanted = wanted[::-1]  # as it is in the file
+            raise UserError(f"{name} has shape {tuple(given[name].shape)}; config.json asks for {wanted}")
         state[name] = tensor
     if config.tie_embeddings:
         state["lm_head.weight"] = state["wte.weight"]
