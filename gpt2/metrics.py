@@ -114,7 +114,7 @@ class Metrics:
         settings = config.run
         mode = resolve_wandb_mode(settings.wandb, self.message)
         start: dict[str, Any] = {"resumes_at": self.file.resume(start_step, position), **facts}
-        previous = self.file.last_start
+        previous: Mapping[str, Any] = next((r for r in reversed(self.file.kept) if r["kind"] == "run_start"), {})
         start |= {"dataset": dataset, "config": config.to_dict(), "total_steps": self.total_steps}
         if "config" in previous:
             start["config_changed"] = config_difference(previous["config"], start["config"])
@@ -124,6 +124,8 @@ class Metrics:
 
         self.trackers: list[Guarded] = []
         if mode != "disabled":
+            kept = [r for r in self.file.kept if r["kind"] == "sample"]
+            samples = [(r["step"], r.get("prompt", ""), r.get("text", "")) for r in kept]
             described = {**start["config"], "environment": facts, "dataset": dataset}
             self.trackers.append(
                 Guarded(
@@ -134,6 +136,7 @@ class Metrics:
                         project=settings.wandb_project,
                         run_id=start["wandb_id"],
                         config=described,
+                        samples=samples,
                         say=self.message,
                     ),
                     self.message,

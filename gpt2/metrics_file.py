@@ -60,7 +60,7 @@ class MetricsFile:
         self.say = say
         self.path = path
         self.warned = False
-        self.last_start: dict[str, Any] = {}
+        self.kept: list[dict[str, Any]] = []  # records of the history we go on from
         self.file: FileIO | None = None
         self.whole = True  # the file ends with a whole line
         with self._forgive():
@@ -85,16 +85,17 @@ class MetricsFile:
             self.warned = True
 
     def resume(self, start_step: int, position: int | None) -> int:
-        """Where the history that a start at `start_step` goes on from ends, in bytes; remembers the last start."""
+        """Where the history that a start at `start_step` goes on from ends, in bytes; remembers its records."""
         content = b""
         with self._forgive():
             content = self.path.read_bytes()
-        live = live_lines([line for line in parse_lines(content) if line is not None])
+        lines = [line for line in parse_lines(content) if line is not None]
+        live = live_lines(lines)
         end = next((line.offset for line in live if line.record["step"] > start_step), len(content))
-        end = end if position is None else min(position, len(content))
-        for line in live:
-            if line.record["kind"] == "run_start":
-                self.last_start = line.record
+        if position is not None:
+            end = min(position, len(content))
+            live = live_lines([line for line in lines if line.offset < end])
+        self.kept = [line.record for line in live if line.offset < end]
         return end
 
     def write(self, record: Mapping[str, Any]) -> None:

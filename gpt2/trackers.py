@@ -10,7 +10,7 @@ import importlib.util
 import netrc
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
@@ -114,6 +114,7 @@ class Wandb:
         project: on the server.
         run_id: of `new_run_id`; a run of that id is resumed.
         config: the run's configuration and environment.
+        samples: (step, prompt, text) of earlier starts.
         say: prints a line.
     """
 
@@ -125,6 +126,7 @@ class Wandb:
         project: str,
         run_id: str,
         config: Mapping[str, Any],
+        samples: Sequence[tuple[int, str, str]],
         say: Callable[[str], None],
     ) -> None:
         import wandb
@@ -156,7 +158,7 @@ class Wandb:
         # A restart repeats steps, which wandb's own step counter would refuse.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
-        self.samples: list[tuple[int, str, str]] = []
+        self.samples = list(samples)
         if not self.run.offline:
             say(f"wandb: {self.run.url}")
 

@@ -83,11 +83,11 @@ def lines(
                 text = " " + " ".join(rng.choice(words[: 2 + min(step // 100, 16)]) for _ in range(24))
                 out.append(line("sample", step, tokens=tokens, prompt=prompt, text=text))
 
-    if first == 0:
+    if first == 0 and eval_every:
         evaluate(0)
     for step in range(first + 1, until + 1):
         clock += 0.14
-        evaluated = eval_every and (step % eval_every == 0 or step == steps)
+        evaluated = eval_every > 0 and (step % eval_every == 0 or step == steps)
         if step % log_every == 0 or step == steps:
             speed = 3.7e6 * world_size / 8 * rng.gauss(1, 0.008) * (0.3 if step == first + log_every else 1)
             lr = learning_rate * min(step / 715, 0.55 + 0.45 * math.cos(math.pi * step / steps))
@@ -131,11 +131,12 @@ def write_run(directory: Path, **options: Any) -> Path:
 def write_restarted_run(directory: Path, **options: Any) -> Path:
     """A run that saved at step 500, died at 900 in the middle of a line, and went on from 500 on half the devices."""
     directory.mkdir(parents=True)
+    until = options.pop("until", 1500)
     before = lines(until=500, end=None, **options)
     lost = lines(until=900, end=None, **options)[len(before) :]
     saved = encode(before)
     options |= {"world_size": 4, "first": 500, "resumes_at": len(saved)}
-    after = lines(until=options.pop("until", 1500), **options)
+    after = lines(until=until, **options)
     after.insert(
         3,
         {

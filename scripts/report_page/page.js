@@ -82,7 +82,7 @@ function charts(parent) {
   drawChart(parent, {
     title: "Loss", wide: true, skipDrop: report.long, drop: report.drop, logX: false, logY: false,
     format: (value, tick) => (value === null ? "–" : tick ? String(Number(value.toPrecision(4))) : value.toFixed(4)),
-    series: loss, lines: tinted(report.baselines), marks: tinted(report.milestones), restarts,
+    series: loss, lines: tinted(report.baselines), marks: tinted(report.milestones.filter((entry) => entry.points.some(([tokens]) => entry.runs.some((index) => tokens <= runs[index].tokens * 1.02)))), restarts,
     note: [
       "Nats a token.",
       over.length ? `Validation over ${over.map((count) => count.toLocaleString("en")).join(" or ")} tokens.` : "No evaluation yet.",
