@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class HellaSwagScores(Protocol):
 
 
 class Metrics:
-    """Records a run; rank 0 alone has one.
+    """Records a run; rank 0 alone has one. `checkpoint` and `message` may be called from any thread.
 
     Args:
         run: the run's directory, which exists.
@@ -100,6 +101,8 @@ class Metrics:
         peak = peak_flops(facts["device"]) if peak is None and device.type == "cuda" else peak
         self.peak = None if peak is None else peak * world_size
 
+        self._lock = threading.RLock()
+        self._trainer = threading.get_ident()
         self.console = open_console(self.total_steps, start_step)
         self.file = MetricsFile(run / METRICS_FILE, self.message)
         self.closed = False
@@ -150,7 +153,8 @@ class Metrics:
 
     def message(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        self.console.say(text)
+        with self._lock:
+            self.console.say(text)
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -332,17 +336,19 @@ class Metrics:
             torch.cuda.synchronize(self.device)
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        self.file.write({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
+        with self._lock:
+            self.file.write({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._tell(lambda sink: sink.scalars(step, values))
 
     def _tell(self, action: Callable[[Tracker], None]) -> None:
-        """Do something to every tracker; a slow one is billed to saving, not to training."""
+        """Do something to every tracker; what holds training up is billed to saving."""
         began = time.perf_counter()
-        for tracker in self.trackers:
-            tracker.tell(action)
-        if self._phase is None:
+        with self._lock:
+            for tracker in self.trackers:
+                tracker.tell(action)
+        if self._phase is None and threading.get_ident() == self._trainer:
             self._spent["save"] += time.perf_counter() - began
 
     def _stand_out(self, step: int, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import Any
 
 from gpt2 import reference
 from gpt2.errors import UserError
-from gpt2.history import METRICS_FILE, History, read_metrics
+from gpt2.history import METRICS_FILE, History, config_difference, read_metrics
 from gpt2.metrics_file import lock
+from gpt2.presets import presets
 
 SILENCE_SECONDS = 600.0
 """A run on another machine that has written nothing for this long counts as crashed."""
@@ -30,8 +30,6 @@ class Run:
     history: History
     locked: bool
     """Whether a process of this machine is writing to it."""
-    preset: str | None
-    """The preset it was started from, where its config.json names one."""
 
     def records(self, kind: str) -> list[Record]:
         """The live lines of a kind, by step; of several at one step the last counts."""
@@ -55,6 +53,18 @@ class Run:
         """As `Config.to_dict` gave it at the last start."""
         config: Mapping[str, Mapping[str, Any]] = self.start.get("config", {})
         return config
+
+    @property
+    def preset(self) -> str | None:
+        """The preset nearest to its configuration, such as "gpt2" or, with two settings changed, "gpt2 +2"."""
+        if not self.config:
+            return None
+        changes = {}
+        for name, (_, config) in presets().items():
+            other = config.to_dict()
+            changes[name] = len(config_difference(self.config, other).keys() - {"run.run_dir"})
+        nearest = min(changes, key=lambda name: changes[name])
+        return f"{nearest} +{changes[nearest]}" if changes[nearest] else nearest
 
     @property
     def corpus(self) -> reference.Corpus | None:
@@ -178,15 +188,7 @@ def open_run(directory: Path) -> Run:
         raise UserError(f"{path} {what}; give a run that has begun, written by train_gpt2.py")
     with path.open("rb", buffering=0) as file:
         locked = not lock(file)
-    return Run(directory, history, locked, _preset(directory))
-
-
-def _preset(directory: Path) -> str | None:
-    try:
-        preset = json.loads((directory / "config.json").read_text()).get("preset")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return preset if isinstance(preset, str) else None
+    return Run(directory, history, locked)
 
 
 def find_runs(directory: Path) -> Iterator[Path]:

@@ -32,7 +32,7 @@ function summary(parent) {
     html("span", "dot", null, head).style.background = color(index);
     html("h2", "", run.name, head);
     html("span", `status ${run.status}`, run.status, head);
-    html("span", "muted", [run.size && `GPT-2 ${run.size}`, run.dataset].filter(Boolean).join(" · "), head);
+    html("span", "muted", [run.size && `GPT-2 ${run.size}`, run.corpus || run.dataset].filter(Boolean).join(" · "), head);
     const tiles = html("dl", "tiles", null, card);
     const tile = (name, value, small) => {
       const box = html("div", "", null, tiles);
