@@ -124,7 +124,7 @@ class Head:
                     logits += (h.float() @ self.mean)[:, None]
                 logits = softcap(logits, self.cap)
             logits[:, self.vocab_size :] = float("-inf")
-            result[rows] = logits.gather(1, targets[rows]) - logits.logsumexp(dim=1, keepdim=True)
+            result[rows] = logits.log_softmax(dim=1).gather(1, targets[rows])
         return result
 
 
@@ -182,7 +182,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        head = Head(model, dtype, chunk=512 if device.type == "cpu" else 4096)
+        head = Head(model, dtype, chunk=128 if device.type == "cpu" else 2048)
         scores: list[tuple[list[Row], np.ndarray, Tensor]] = []
         done = scored = 0
         with (

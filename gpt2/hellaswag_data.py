@@ -19,12 +19,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from gpt2.distributed import World
 from gpt2.errors import UserError
+
+T = TypeVar("T")
 
 ENDINGS = 4
 """Endings an example offers; one is right."""
@@ -85,19 +87,26 @@ def load_examples(path: Path | None = None, split: str = "val", *, world: World 
         UserError: the file has a malformed line (named with its number) or none at all, or the split is to be had
             nowhere.
     """
-    if world is None or world.size == 1:
+    if world is None:
         return _load(path, split)
+    return from_rank_0(world, lambda: _load(path, split))
+
+
+def from_rank_0(world: World, make: Callable[[], T]) -> T:
+    """What `make` returns, or the UserError it raises, when called on rank 0 alone; the same in all processes."""
+    if world.size == 1:
+        return make()
     answer: list[Any] = [None]
     if world.is_main:
         try:
-            answer[0] = _load(path, split)
+            answer[0] = make()
         except UserError as error:
             answer[0] = error
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], UserError):
         raise answer[0]
-    examples: tuple[Example, ...] = answer[0]
-    return examples
+    made: T = answer[0]
+    return made
 
 
 def spread(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
