@@ -40,6 +40,7 @@ class Request:
         workers: processes.
         part: None for the whole source.
         keep_downloads: leave fetched files in the scratch directory.
+        fastest: use riptoken where it is installed and gives identical ids; else tiktoken.
     """
 
     directory: Path
@@ -52,7 +53,8 @@ class Request:
     max_tokens: int | None
     workers: int
     part: Part | None
-    keep_downloads: bool
+    keep_downloads: bool = False
+    fastest: bool = True
 
     @property
     def manifest_path(self) -> Path:
@@ -116,7 +118,7 @@ def _prepare(request: Request, say: Callable[[str], None]) -> Manifest:
             save_manifest(request.manifest_path, manifest)
         for stale in request.directory.glob(f".{_prefix(request)}_*.tmp"):
             stale.unlink()
-        with Workers(request.workers, manifest.tokenizer) as workers:
+        with Workers(request.workers, manifest.tokenizer, request.fastest) as workers:
             for first, stop in _gaps(len(manifest.shards), missing, manifest.complete):
                 manifest = _make_shards(request, manifest, fetcher, workers, first, stop)
     say(f"{request.directory}: {totals(manifest)}")
