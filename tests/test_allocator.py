@@ -1,0 +1,38 @@
+"""Freed memory is kept: a step that repeats needs no new pages."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+STEPS = """
+import resource, sys, torch
+from gpt2.allocator import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+def step():
+    torch.ones(24, 2**20).sum()  # 96 MiB, 24,576 pages
+for _ in range(8):  # until the heap has the holes that a step needs
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(how: str) -> int:
+    # Huge pages would hide what is measured.
+    env = dict(os.environ, OMP_NUM_THREADS="1", THP_MEM_ALLOC_ENABLE="0")
+    done = subprocess.run([sys.executable, "-c", STEPS, how], env=env, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_repeated_steps_map_no_new_pages() -> None:
+    assert page_faults("kept") < 1000
+    assert page_faults("given back") > 10_000  # else the test above shows nothing
