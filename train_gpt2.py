@@ -12,6 +12,7 @@ to go on; 2 something to be put right; 3 a loss or gradient that is not finite.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import time
@@ -19,34 +20,38 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
 
-from gpt2.checkpoint import Checkpoint, CheckpointWriter, read_checkpoint, snapshot
-from gpt2.config import Config, ModelConfig
+from gpt2.checkpoint import Checkpoint, host_copy, read_checkpoint
+from gpt2.checkpoint_writer import CheckpointWriter
+from gpt2.config import Config
 from gpt2.distributed import World, parallelize, place_like, shorten_timeout, whole, world
 from gpt2.errors import UserError, run_cli
 from gpt2.evaluate import validation_loss
 from gpt2.generate import generate
 from gpt2.guards import MAX_SKIPS_IN_A_ROW, StepGuard, StopSignals, lock_run
+from gpt2.hang import HangWatch, enable_flight_recorder
 from gpt2.hardware import device_name, environment
 from gpt2.hellaswag import evaluate as evaluate_hellaswag
 from gpt2.hellaswag_data import Example, load_examples
-from gpt2.huggingface import load_model, resolve_model
 from gpt2.loader import Blocks, Loader
 from gpt2.metrics import EndReason, Metrics, Phase
 from gpt2.model import GPT
 from gpt2.optim import describe_groups, load_state_tensors, make_optimizers, set_learning_rates, state_tensors
-from gpt2.plan import device_memory, make_plan
+from gpt2.out_of_memory import advice, fitting_micro_batch, is_out_of_memory, record_allocations, write_snapshot
+from gpt2.plan import Plan, device_memory, make_plan
 from gpt2.precision import autocast, make_deterministic, resolve_dtype, set_matmul_precision
 from gpt2.presets import parse_args
-from gpt2.resume import find_start, write_config
+from gpt2.profile import StepProfiler
+from gpt2.resume import Origin, find_origin, find_start, is_own, load_weights, write_config
 from gpt2.schedule import lr_factor, plot_schedule
 from gpt2.shards import open_dataset
-from gpt2.step import MicroBatches, PendingNumbers, ranks_with_bad_gradient, seed_step, train_step
+from gpt2.step import Flags, MicroBatches, PendingNumbers, ranks_with_bad_gradient, seed_step, train_step
 from gpt2.tokenizer import Tokenizer
 
 NONFINITE_EXIT = 3
@@ -78,121 +83,156 @@ class Run:
 
     def __init__(self, config: Config, world: World, signals: StopSignals):
         self.world, self.signals = world, signals
-        self.lock: IO[str] | None = None
+        self.directory = config.run.run_dir
         self.metrics: Metrics | None = None
+        self.writer: CheckpointWriter | None = None
         self.say = print if world.is_main else _silent
+        self.step = 0  # optimizer steps finished
+        self.sample = 0  # sequences of the run's order used up
+        self.val_loss: float | None = None  # of this step, if it was evaluated
+        self.stopping = self.save_due = False
+        self.skips_in_a_row = 0
+        self.failure: UserError | None = None  # why this process has no data
 
-        # The machine.
-        self.dtype = resolve_dtype(config.run.dtype, world.device)
+        self.dtype = world.agree(lambda: resolve_dtype(config.run.dtype, world.device))
         set_matmul_precision(self.dtype)
         if config.run.deterministic:
             make_deterministic()
+        record_allocations(world.device, on=True)
+        self.open_data(config)
+        origin = world.on_main(lambda: find_origin(config))  # downloads, if anything
+        self.config = replace(config, model=origin.model)
+        self.plan = world.agree(self.make_plan)
+        self.restored: Checkpoint | None = None  # on rank 0, which reads for all
+        self.environment = environment(world.device, world.size)
+        start, training = world.on_main(self.claim_directory)
+        self.watch = HangWatch(self.directory / "hang", world.rank)
+        self.build(origin, training)
+        self.restored = None
+        self.saved_step = self.step if training else -1
+        self.saved_at = time.monotonic()
+        self.announce()
+        self.examples = self.hellaswag_examples()
+        if world.is_main:
+            own = start is not None and is_own(start, self.directory)
+            self.open_outputs(training["metrics_position"] if own else None)
 
-        # The data, and the plan that follows from it.
-        self.dataset = open_dataset(config.data.data)
-        self.tokenizer: Tokenizer = self.dataset.tokenizer()
-        initial: GPT | None = None
-        if config.run.init_from is not None:
-            initial = load_initial(config.run.init_from, config.model, world)
-            config = replace(config, model=initial.config)
-        self.config = config
+    def open_data(self, config: Config) -> None:
+        """Open the data set, the same one in every process."""
+        self.dataset = self.world.agree(lambda: open_dataset(config.data.data))
+        self.tokenizer: Tokenizer = self.world.agree(self.dataset.tokenizer)
+        fingerprint = self.world.on_main(lambda: self.dataset.fingerprint)
+
+        def compare() -> None:
+            if self.dataset.fingerprint != fingerprint:
+                raise UserError(
+                    f"{config.data.data} holds other data for rank {self.world.rank} than for rank 0; copy rank 0's"
+                )
+
+        self.world.agree(compare)
+
+    def make_plan(self) -> Plan:
+        """What follows from the settings, the data and the machine; refuses what can't work."""
+        config, world = self.config, self.world
+        if config.run.parallel == "fsdp" and not torch.distributed.is_initialized():
+            raise UserError(
+                "--parallel fsdp shards the model over the processes torchrun starts; start it with torchrun, or use "
+                "--parallel ddp"
+            )
         blocks = partial(Blocks, block_size=config.model.block_size, vocab_size=config.model.vocab_size)
         self.train_blocks = blocks(self.dataset.train, seed=config.run.seed if config.data.shuffle else None)
         self.val_blocks = blocks(self.dataset.val)
-        plan = make_plan(
-            config,
-            self.dataset,
-            self.train_blocks,
-            self.val_blocks,
-            world.size,
-            self.dtype,
-            device_memory(world.device),
-        )
+        memory = device_memory(world.device)
+        plan = make_plan(config, self.dataset, self.train_blocks, self.val_blocks, world.size, self.dtype, memory)
         self.prompt = self.tokenizer.encode(config.run.sample_prompt) if config.run.num_samples else []
         if config.run.num_samples and not 0 < len(self.prompt) <= config.model.block_size:
             raise UserError(
                 f"sample_prompt has {len(self.prompt)} tokens; it must have between 1 and block_size "
                 f"{config.model.block_size}"
             )
+        return plan
 
-        # The run's directory, and where in the run we are.
-        self.directory = config.run.run_dir
-        start = world.on_main(self.claim_directory)
-        self.model = (initial or GPT(config.model).init_weights(config.run.seed)).to(world.device)
-        self.step = 0  # optimizer steps finished
-        self.sample = 0  # sequences of the run's order used up
-        restored: Checkpoint | None = None
-        if start is not None:
-            restored = read_checkpoint(start, config.model)
-            if restored.training["data_fingerprint"] != self.dataset.fingerprint:
-                raise UserError(
-                    f"{start} was trained on other data than {config.data.data} now holds (fingerprint "
-                    f"{restored.training['data_fingerprint'][:12]}, now {self.dataset.fingerprint[:12]}); "
-                    "restore the data or choose another --run"
-                )
-            self.model.load_state_dict(restored.model)
-            self.step, self.sample = restored.training["step"], restored.training["sample"]
+    def claim_directory(self) -> tuple[Path | None, dict[str, Any]]:
+        """Lock the run's directory, read the checkpoint to go on from, store the settings; rank 0 alone.
 
-        # The model in the form that trains, and its optimizers.
-        self.trained = parallelize(self.model, config.run, world, self.dtype, plan.grad_accum_steps)
-        self.optimizers = make_optimizers(self.model, config.optim, world.device)
-        self.guard = StepGuard(world.device, config.run.on_nonfinite, config.run.spike_zscore)
-        if restored is not None:
-            load_state_tensors(self.model, self.optimizers, restored.optimizer, place_like)
-            self.guard.state.copy_(torch.tensor(restored.training["guard"]))
-
-        # What is shown and written.
-        for line in plan.lines(config, world.size, device_name(world.device), self.dtype):
-            self.say(line)
-        for line in describe_groups(self.optimizers):
-            self.say(f"{'optimizer':<11}{line}")
-        self.say(f"{'run':<11}{self.directory}" + (f", going on at step {self.step}" if self.step else ""))
-        self.examples = self.hellaswag_examples()
-        if world.is_main:
-            self.metrics = Metrics(
-                self.directory,
-                config=config,
-                flops_per_token=plan.flops_per_token,
-                device=world.device,
-                world_size=world.size,
-                start_step=self.step,
-                position=restored.training["metrics_position"] if restored is not None else None,
-                dataset=self.dataset.manifest.name if self.dataset.manifest else config.data.data.name,
-            )
-            self.say = self.metrics.message
-        self.writer: CheckpointWriter | None = None
-        if self.metrics is not None:
-            self.writer = CheckpointWriter(
-                self.directory / "checkpoints",
-                config.model,
-                self.tokenizer,
-                config.run.keep,
-                config.run.keep_every,
-                saved=self.metrics.checkpoint,
-                failed=self.metrics.message,
-            )
-        self.saved_step = self.step if start is not None else -1
-        self.saved_at = time.monotonic()
-        self.val_loss: float | None = None  # of the step just evaluated
-        self.stopping = False
-        self.save_due = False
-        self.skips_in_a_row = 0
-
-    def claim_directory(self) -> Path | None:
-        """Lock the run's directory and store the settings; returns the checkpoint to go on from. Rank 0 only."""
+        Returns:
+            The checkpoint's path, None to start anew, and its training.json.
+        """
         self.lock = lock_run(self.directory)
-        start = find_start(self.directory, self.config, self.say)
+        start = find_start(self.config, self.dataset.fingerprint, self.say)
+        if start is not None:
+            self.restored = read_checkpoint(start, self.config.model)
+        # What the next start is told by this file: go on, whatever this one was told.
+        foreign = start is not None and not is_own(start, self.directory)
+        next_run = replace(self.config.run, resume=str(start) if foreign else "auto", allow_config_change=False)
         try:
-            # What the next start is told by this file: go on, whatever this one was told.
-            stored = replace(self.config, run=replace(self.config.run, resume="auto", allow_config_change=False))
-            write_config(stored, self.directory / "config.json")
-            facts = environment(self.world.device, self.world.size)
-            (self.directory / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
+            write_config(replace(self.config, run=next_run), self.directory / "config.json")
+            (self.directory / "environment.json").write_text(json.dumps(self.environment, indent=1) + "\n")
         except OSError as error:
             raise UserError(
                 f"cannot write to the run directory {self.directory}: {error.strerror}; choose another --run"
             ) from None
-        return start
+        return start, {} if self.restored is None else dict(self.restored.training)
+
+    def build(self, origin: Origin, training: dict[str, Any]) -> None:
+        """Make the model, the optimizers and the guard, in the state they are to go on from."""
+        config, world = self.config, self.world
+        self.model = GPT(config.model)
+        if origin.weights is None and not training:
+            self.model.init_weights(config.run.seed)
+        self.model.to(world.device)
+        parameters = dict(self.model.named_parameters())
+        state: dict[str, Tensor] = {}
+        if self.restored is not None:
+            state = dict(self.restored.model)
+        elif world.is_main and origin.weights is not None:
+            state = load_weights(origin)
+        with torch.no_grad():
+            for name, tensor in world.share({name: state[name] for name in parameters} if state else None):
+                parameters[name].copy_(tensor)
+        self.trained = parallelize(self.model, config.run, world, self.dtype, self.plan.grad_accum_steps)
+        self.optimizers = make_optimizers(self.model, config.optim, world.device)
+        self.guard = StepGuard(world.device, config.run.on_nonfinite, config.run.spike_zscore)
+        if training:
+            moments = world.share(self.restored.optimizer if self.restored is not None else None)
+            load_state_tensors(self.model, self.optimizers, moments, place_like)
+            self.guard.state.copy_(torch.tensor(training["guard"]))
+            self.step, self.sample, self.val_loss = training["step"], training["sample"], training["val_loss"]
+
+    def announce(self) -> None:
+        """Print what is about to happen."""
+        for line in self.plan.lines(self.config, self.world.size, device_name(self.world.device), self.dtype):
+            self.say(line)
+        for line in describe_groups(self.optimizers):
+            self.say(f"{'optimizer':<11}{line}")
+        self.say(f"{'run':<11}{self.directory}" + (f", going on at step {self.step}" if self.step else ""))
+        if self.world.size > 1:
+            self.say(
+                f"{'hang':<11}if a process keeps the others waiting, {self.watch.directory} will tell where it was"
+            )
+
+    def open_outputs(self, metrics_position: int | None) -> None:
+        """Open what rank 0 writes to."""
+        self.metrics = Metrics(
+            self.directory,
+            config=self.config,
+            flops_per_token=self.plan.flops_per_token,
+            device=self.world.device,
+            world_size=self.world.size,
+            start_step=self.step,
+            position=metrics_position,
+            dataset=self.dataset.manifest.name if self.dataset.manifest else self.config.data.data.name,
+        )
+        self.say = self.metrics.message
+        self.writer = CheckpointWriter(
+            self.directory / "checkpoints",
+            self.config.model,
+            self.tokenizer,
+            self.config.run.keep,
+            self.config.run.keep_every,
+            saved=self.metrics.checkpoint,
+            failed=self.metrics.message,
+        )
 
     def hellaswag_examples(self) -> tuple[Example, ...]:
         """The examples evaluations score; none if that is not wanted or they are not to be had."""
@@ -215,9 +255,12 @@ class Run:
         settings, total_steps = self.config.run, self.config.run.max_steps
         if self.step >= total_steps:
             self.say(f"the run is finished: {self.step} of {total_steps} steps are done; --max-steps goes further")
-            return self.finish("finished", 0)
-        if self.step == 0:
+            return self.finish("finished")
+        if self.evaluation_is_due() and self.val_loss is None:  # not so where the stop before did not wait for it
             self.evaluate()
+        profiler: StepProfiler | None = None
+        if settings.profile and self.world.is_main:
+            profiler = StepProfiler(self.directory / "profile", settings.profile, self.world.device, self.step)
         pending: PendingStep | None = None
         first = True
         with Loader(
@@ -230,8 +273,9 @@ class Run:
             self.world.device,
         ) as loader:
             while self.step < total_steps and not self.stopping:
+                self.watch.arm()
                 with self.phase("data"):
-                    batches = loader.next()
+                    batches = self.next_batches(loader)
                 factor = lr_factor(self.step, total_steps, self.config.optim)
                 set_learning_rates(self.optimizers, factor)
                 seed_step(settings.seed, self.step, self.world.rank)
@@ -244,39 +288,72 @@ class Run:
                     dtype=self.dtype,
                     tokens_per_step=self.config.data.total_batch_tokens,
                     grad_clip=self.config.optim.grad_clip,
-                    stop=self.signals.received is not None,
-                    save=self.minutes_are_up(),
+                    flags=Flags(
+                        stop=self.signals.received is not None,
+                        save=self.minutes_are_up(),
+                        failed=self.failure is not None,
+                    ),
                 )
-                self.step += 1
-                self.sample += self.config.sequences_per_step
+                self.advance()
                 # A GPU's numbers are read while its next step runs, so that it never waits for the host.
                 if pending is not None:
                     self.digest(pending)
                 pending = PendingStep(self.step, factor * self.config.optim.learning_rate, numbers, batches)
-                at_once = first or self.world.device.type != "cuda"
-                evaluate = settings.eval_every and self.step % settings.eval_every == 0
+                evaluate = self.evaluation_is_due()
                 save = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
-                if at_once or evaluate or save or self.stopping or self.save_due or self.step == total_steps:
+                at_once = first or self.world.device.type != "cuda" or self.step == total_steps
+                if at_once or evaluate or save or self.stopping or self.save_due:
                     self.digest(pending)
                     pending = None
                 if first:
                     shorten_timeout()
+                    record_allocations(self.world.device, on=False)
                     first = False
-                if evaluate or self.step == total_steps:
+                if profiler is not None:
+                    profiler.step()
+                self.watch.disarm()
+                if evaluate and not self.stopping:  # who stops a run may not wait for long; the next start evaluates
                     self.evaluate()
                 if save or self.save_due or self.stopping or self.step == total_steps:
                     self.save()
-        if self.stopping:
-            name = self.signals.received or "a signal to another process"
-            self.say(f"stopped by {name} after step {self.step}; resume with: {self.resume_command()}")
-            return self.finish("stopped", 0)
-        return self.finish("finished", 0)
+        if profiler is not None:
+            profiler.close()
+            self.say(f"the profiler's trace is {profiler.path}" if profiler.written else "too few steps to profile")
+        return self.finish("stopped" if self.stopping else "finished")
+
+    def next_batches(self, loader: Loader) -> MicroBatches:
+        """This process's part of the next step; a made-up one if it can't be read, until all processes know."""
+        if self.failure is None:
+            try:
+                return loader.next()
+            except UserError as error:
+                self.failure = error
+        return loader.blank()
+
+    def advance(self) -> None:
+        """Count a step, and say where an epoch ended in it."""
+        before = self.sample
+        self.step += 1
+        self.sample += self.config.sequences_per_step
+        self.val_loss = None
+        blocks = self.train_blocks.count
+        for epoch in range(before // blocks + 1, self.sample // blocks + 1):
+            self.say(f"epoch {epoch} ended in step {self.step}: each of {blocks:,} blocks was read once")
+
+    def evaluation_is_due(self) -> bool:
+        """Whether this step is one that evaluates: every `eval_every`-th, the first and the last."""
+        every = self.config.run.eval_every
+        return every > 0 and (self.step % every == 0 or self.step == self.config.run.max_steps)
 
     def digest(self, pending: PendingStep) -> None:
         """Read a step's numbers: log them, and notice what must stop the run. The same in every process."""
         numbers = pending.numbers.read()
-        self.stopping |= numbers.stop
-        self.save_due |= numbers.save
+        self.stopping |= numbers.flags.stop
+        self.save_due |= numbers.flags.save
+        if numbers.flags.failed:
+            self.world.agree(self.raise_failure)
+        if self.writer is not None:
+            self.writer.busy()  # reports a checkpoint that has been written meanwhile
         if numbers.updated:
             self.skips_in_a_row = 0
         elif numbers.nonfinite and self.config.run.on_nonfinite == "stop":
@@ -295,12 +372,18 @@ class Run:
         if self.metrics is not None and (pending.step % log_every == 0 or pending.step == self.config.run.max_steps):
             self.metrics.train(pending.step, loss=numbers.loss, lr=pending.lr, grad_norm=numbers.grad_norm)
 
+    def raise_failure(self) -> None:
+        """Raise why this process has no data, if so."""
+        if self.failure is not None:
+            raise self.failure
+
     def describe_failure(self, pending: PendingStep, bad_ranks: list[int]) -> str:
         """Where a value that is not finite came from; every process must ask together."""
         what = "the loss"
         if not bad_ranks:
             what = "the gradient"
-            if self.trained is not self.model or self.world.size == 1:  # else sharded: no process has one of its own
+            if not isinstance(self.model, FSDPModule):  # of a sharded model no process has a gradient of its own
+                seed_step(self.config.run.seed, pending.step - 1, self.world.rank)
                 bad_ranks = ranks_with_bad_gradient(self.model, pending.batches, self.world, self.dtype)
         where = f" on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else " after it was summed over all ranks"
         return f"{what} is not finite{where} in step {pending.step}; the weights were not updated"
@@ -313,10 +396,7 @@ class Run:
     @torch.no_grad()
     def evaluate(self) -> None:
         """Validation loss, HellaSwag and samples of the model as it is now."""
-        config, settings = self.config, self.config.run
-        if settings.eval_every == 0:
-            return
-        sharded = settings.parallel == "fsdp"
+        config = self.config
         with self.phase("eval"):
             self.val_loss = validation_loss(
                 self.model,
@@ -327,28 +407,45 @@ class Run:
                 partial(autocast, self.world.device, self.dtype),
             )
             if self.metrics is not None:
-                self.metrics.val(self.step, self.val_loss, config.data.val_tokens)
+                self.metrics.val(self.step, self.val_loss, self.plan.val_tokens)
             if self.examples:
-                dtype = torch.bfloat16 if self.dtype == "bf16" else torch.float32
-                result = evaluate_hellaswag(self.model, self.examples, self.tokenizer, world=self.world, dtype=dtype)
-                if self.metrics is not None:
-                    self.metrics.hellaswag(self.step, result)
-            if settings.num_samples and (self.world.is_main or sharded):
-                with autocast(self.world.device, self.dtype):
-                    texts = generate(
-                        self.model,
-                        [self.prompt] * settings.num_samples,
-                        max_new_tokens=settings.sample_tokens,
-                        top_k=50,
-                        eot_token=self.tokenizer.eot_token,
-                        seed=settings.seed,
-                    )
-                if self.metrics is not None:
-                    for text in texts:
-                        self.metrics.sample(self.step, settings.sample_prompt, self.tokenizer.decode(text))
+                self.score_hellaswag()
+            if config.run.num_samples and (self.world.is_main or isinstance(self.model, FSDPModule)):
+                self.draw_samples()
             if isinstance(self.model, FSDPModule):
                 self.model.reshard()  # evaluation gathered weights that the next update makes stale
             self.stopping |= self.world.any(self.signals.received is not None)
+
+    def score_hellaswag(self) -> None:
+        """Score HellaSwag's examples; a model without finite scores is only told."""
+        dtype = torch.bfloat16 if self.dtype == "bf16" else torch.float32
+        try:
+            result = evaluate_hellaswag(self.model, self.examples, self.tokenizer, world=self.world, dtype=dtype)
+        except UserError as error:  # the same in every process
+            self.say(f"HellaSwag is left out at step {self.step}: {error}")
+            return
+        if self.metrics is not None:
+            self.metrics.hellaswag(self.step, result)
+
+    def draw_samples(self) -> None:
+        """Sample texts; a model that can't is only told, as rank 0 may be alone here."""
+        settings = self.config.run
+        try:
+            with autocast(self.world.device, self.dtype):
+                texts = generate(
+                    self.model,
+                    [self.prompt] * settings.num_samples,
+                    max_new_tokens=settings.sample_tokens,
+                    top_k=50,
+                    eot_token=self.tokenizer.eot_token,
+                    seed=settings.seed,
+                )
+        except UserError as error:
+            self.say(f"no samples at step {self.step}: {error}")
+            return
+        if self.metrics is not None:
+            for text in texts:
+                self.metrics.sample(self.step, settings.sample_prompt, self.tokenizer.decode(text))
 
     def save(self) -> None:
         """Copy the state to the host and begin to write it."""
@@ -357,60 +454,86 @@ class Run:
             return
         self.saved_step = self.step
         with self.phase("save"):
-            model = {name: whole(parameter) for name, parameter in self.model.named_parameters()}
-            optimizer = state_tensors(self.model, self.optimizers, whole)
+            # A disk may be slow. The others wait for rank 0 here, asking often enough not to think that it hangs.
+            while self.world.any(self.writer is not None and self.writer.busy(seconds=10)):
+                pass
+            model = {name: self.gather(parameter) for name, parameter in self.model.named_parameters()}
+            optimizer = state_tensors(self.model, self.optimizers, self.gather)
             if self.writer is None or self.metrics is None:
                 return
             training: dict[str, Any] = {
                 "step": self.step,
                 "sample": self.sample,
-                "tokens": self.step * self.config.data.total_batch_tokens,
-                "val_loss": self.val_loss,
+                "tokens": self.sample * self.config.model.block_size,
+                "val_loss": self.val_loss if self.val_loss is not None and math.isfinite(self.val_loss) else None,
                 "guard": self.guard.state.tolist(),
                 "data_fingerprint": self.dataset.fingerprint,
                 "metrics_position": self.metrics.position(),
                 "config": self.config.to_dict(),
-                "environment": environment(self.world.device, self.world.size),
+                "environment": self.environment,
             }
-            self.writer.save(Checkpoint(snapshot(model), snapshot(optimizer), training))
+            self.writer.save(Checkpoint(model, optimizer, training))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A tensor whole and on the host, in rank 0; the others, who must ask together, get nothing to keep."""
+        full = whole(tensor)
+        return host_copy(full) if self.world.is_main else torch.empty(0)
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
         """Time something that is not training."""
         return self.metrics.phase(name) if self.metrics is not None else nullcontext()
 
-    def finish(self, reason: EndReason, code: int) -> int:
+    def finish(self, reason: EndReason) -> int:
         """Wait for the last checkpoint and close everything; returns the exit code."""
+        code = 0
         if self.writer is not None:
             self.writer.wait()
+            if reason in ("finished", "stopped") and self.writer.failed_step == self.step:
+                self.say(f"error: step {self.step} is not saved; make room, then go on with: {self.resume_command()}")
+                code = 2
+            elif reason == "stopped":
+                name = self.signals.received or "a signal to another process"
+                self.say(f"stopped by {name} after step {self.step}; resume with: {self.resume_command()}")
+        self.close(reason)
+        return code
+
+    def close(self, reason: EndReason) -> None:
+        """Let go of everything, without waiting."""
         if self.metrics is not None:
             self.metrics.close(reason)
-        return code
+        self.watch.close()
+
+    def diverged(self, failure: Diverged) -> int:
+        """Say what is not finite and how to go on; returns the exit code."""
+        last = self.writer.newest() if self.writer is not None else None
+        self.say(f"error: {failure}")
+        self.say(
+            f"the last good checkpoint is {last}; go back to it with: {self.resume_command()}"
+            if last is not None
+            else f"there is no checkpoint to go back to; start over with: {self.resume_command()}"
+        )
+        self.say("--on-nonfinite skip --allow-config-change, added to it, leaves such steps out")
+        self.finish("nonfinite")
+        return NONFINITE_EXIT
+
+    def out_of_memory(self, error: BaseException) -> UserError:
+        """What to do now that this process's memory is full."""
+        device = self.world.device
+        parameters, memory = self.plan.parameters, device_memory(device)
+        fitting = fitting_micro_batch(self.config, parameters, self.world.size, self.dtype, memory)
+        snapshot = self.directory / f"out_of_memory_rank{self.world.rank}.pickle"
+        picture = f"; {snapshot} shows what filled it (https://pytorch.org/memory_viz)"
+        return UserError(
+            f"rank {self.world.rank} is out of memory on {device} with --micro-batch-size {self.config.data.micro_batch_size} "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); {advice(fitting, self.config)}"
+            + (picture if write_snapshot(snapshot, device) else ""),
+            alone=True,
+        )
 
     def resume_command(self) -> str:
         """The words that continue this run."""
         start = "python" if self.world.size == 1 else f"torchrun --standalone --nproc_per_node={self.world.size}"
         return f"{start} train_gpt2.py --config {shlex.quote(str(self.directory / 'config.json'))}"
-
-
-def load_initial(spec: str, config: ModelConfig, world: World) -> GPT:
-    """The model `--init-from` names, cut to a shorter context if `config` has one; its dropout is `config`'s.
-
-    Raises:
-        UserError: there is no such model, or its context is shorter than asked for.
-    """
-    path = world.on_main(lambda: resolve_model(spec))  # rank 0 alone downloads
-    loaded = load_model(path)
-    if config.block_size > loaded.config.block_size:
-        raise UserError(
-            f"{spec} has a context of {loaded.config.block_size} tokens, shorter than block_size {config.block_size}; "
-            f"use --block-size {loaded.config.block_size}"
-        )
-    model = GPT(replace(loaded.config, block_size=config.block_size, dropout=config.dropout))
-    state = loaded.state_dict()
-    if loaded.wpe is not None:
-        state["wpe.weight"] = state["wpe.weight"][: config.block_size]
-    model.load_state_dict(state)
-    return model
 
 
 def _silent(text: str) -> None:
@@ -425,21 +548,23 @@ def main() -> int:
         plot_schedule(config.run.plot_schedule, config.run.max_steps, config.optim)
         print(f"drew the learning rate of {config.run.max_steps} steps in {config.run.plot_schedule}")
         return 0
-    with world(config.run.device) as this, StopSignals() as signals:
+    enable_flight_recorder(config.run.run_dir / "hang")
+    with StopSignals() as signals, world(config.run.device) as this:
         run = Run(config, this, signals)
         try:
             return run.train()
         except Diverged as failure:
-            last = run.writer.newest() if run.writer is not None else None
-            run.say(f"error: {failure}")
-            run.say(
-                f"the last good checkpoint is {last}; go back to it with: {run.resume_command()}"
-                if last is not None
-                else "there is no checkpoint to go back to"
-            )
-            return run.finish("nonfinite", NONFINITE_EXIT)
-        except BaseException:
-            run.finish("error", 1)
+            return run.diverged(failure)
+        except KeyboardInterrupt:  # the second one: at once
+            run.close("error")
+            raise
+        except BaseException as error:
+            line = run.watch.explain(error)
+            if line is not None:
+                print(f"error: {line}", file=sys.stderr)
+            run.finish("error")
+            if is_out_of_memory(error):
+                raise run.out_of_memory(error) from None
             raise
 
 

@@ -8,7 +8,8 @@
 
 A checkpoint is written to a temporary sibling, synced to disk and renamed, so a directory of that name is a complete
 one; training.json's checksums tell whether it still is what was written. Random numbers have no state to save: every
-step seeds its own from the run's seed, the step and the process.
+step seeds its own from the run's seed, the step and the process. One that a run no longer builds on, because it was
+damaged or the run went back behind it, is renamed to `superseded_step_...` and otherwise left alone.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,7 +36,7 @@ from gpt2.tokenizer import Tokenizer
 FORMAT = 1
 LATEST = "latest"
 TRAINING = "training.json"
-_TEMPORARY = ".writing-"
+TEMPORARY = ".writing-"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, config: ModelConfi
 
     step = checkpoint.training["step"]
     final = step_directory(directory, step)
-    temporary = directory / f"{_TEMPORARY}{final.name}"
+    temporary = directory / f"{TEMPORARY}{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -89,21 +88,50 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, config: ModelConfi
             shutil.copymode(temporary / "config.json", path)
         files = {path.name: _describe_file(path) for path in sorted(temporary.iterdir())}
         training = {"format": FORMAT, **checkpoint.training, "files": files}
-        _write_synced(temporary / TRAINING, json.dumps(training, indent=1).encode())
+        write_synced(temporary / TRAINING, json.dumps(training, indent=1).encode())
         sync_directory(temporary)
-        if final.exists():  # a damaged one that the run went back behind
-            shutil.rmtree(final)
+        if final.exists():
+            _supersede(final)
         os.replace(temporary, final)
-        pointer = directory / f"{_TEMPORARY}{LATEST}"
-        _write_synced(pointer, f"{final.name}\n".encode())
-        os.replace(pointer, directory / LATEST)
-        sync_directory(directory)
+        _point_to(final)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             raise
         raise OSError(f"{type(error).__name__}: {error}") from error  # safetensors has an exception of its own
     return final
+
+
+def _point_to(path: Path) -> None:
+    """Make `latest` name a checkpoint, and bring that and the checkpoint's own name to disk."""
+    pointer = path.with_name(f"{TEMPORARY}{LATEST}")
+    write_synced(pointer, f"{path.name}\n".encode())
+    os.replace(pointer, path.with_name(LATEST))
+    sync_directory(path.parent)
+
+
+def _supersede(path: Path) -> Path:
+    number = 1
+    while (target := path.with_name(f"superseded_{path.name}" + (f".{number}" if number > 1 else ""))).exists():
+        number += 1
+    os.replace(path, target)
+    return target
+
+
+def supersede_later(start: Path) -> list[Path]:
+    """Rename the checkpoints of later steps than the one a run goes on from, so that it never goes on from them.
+
+    Args:
+        start: RUN/checkpoints/step_...
+
+    Returns:
+        Their new names.
+    """
+    later = [path for path in list_checkpoints(start.parent) if path.name > start.name]
+    renamed = [_supersede(path) for path in later]
+    if renamed:
+        _point_to(start)
+    return renamed
 
 
 def _is_vocabulary(name: str, tensor: Tensor) -> bool:
@@ -117,7 +145,8 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a small file and bring it to disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -209,97 +238,6 @@ def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> Path | Non
     return None
 
 
-def prune_checkpoints(directory: Path, keep: int, keep_every: int) -> None:
-    """Remove old checkpoints, but the newest `keep`, the best by validation loss, and every `keep_every`-th step.
-
-    Nothing is removed unless the newest one proves undamaged.
-    """
-    found = list_checkpoints(directory)
-    training = {}
-    for path in found:
-        try:
-            training[path] = read_training(path)
-        except UserError:
-            continue  # damaged; it may go when it is old
-    losses = {path: t["val_loss"] for path, t in training.items() if t.get("val_loss") is not None}
-    kept = set(found[-keep:])
-    if losses:
-        kept.add(min(losses, key=lambda path: losses[path]))
-    if keep_every:
-        kept |= {path for path, t in training.items() if t["step"] % keep_every == 0}
-    superfluous = [path for path in found if path not in kept]
-    if not superfluous:
-        return
-    try:
-        verify_checkpoint(found[-1])
-    except UserError:
-        return
-    for path in superfluous:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-class CheckpointWriter:
-    """Writes checkpoints in a background thread, one at a time; a save waits for the one before it.
-
-    Args:
-        directory: RUN/checkpoints.
-        config: of the model.
-        tokenizer: of its tokens.
-        keep: of `prune_checkpoints`.
-        keep_every: of `prune_checkpoints`.
-        saved: called in the thread with the step and path of each complete checkpoint.
-        failed: called in the thread with a line about each that could not be written; training goes on.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        config: ModelConfig,
-        tokenizer: Tokenizer,
-        keep: int,
-        keep_every: int,
-        saved: Callable[[int, Path], None],
-        failed: Callable[[str], None],
-    ):
-        self.directory, self.config, self.tokenizer = directory, config, tokenizer
-        self.keep, self.keep_every = keep, keep_every
-        self.saved, self.failed = saved, failed
-        self._thread: threading.Thread | None = None
-        for leftover in directory.glob(f"{_TEMPORARY}*"):  # of a process that was killed while it wrote
-            shutil.rmtree(leftover, ignore_errors=True)
-            leftover.unlink(missing_ok=True)
-
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint, once nothing is being written."""
-        self.wait()
-        return next(reversed(list_checkpoints(self.directory)), None)
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Begin to write a checkpoint, whose tensors must not change any more."""
-        self.wait()
-        self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Return when nothing is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _write(self, checkpoint: Checkpoint) -> None:
-        step = checkpoint.training["step"]
-        try:
-            self.saved(step, write_checkpoint(self.directory, checkpoint, self.config, self.tokenizer))
-            prune_checkpoints(self.directory, self.keep, self.keep_every)
-        except OSError as error:
-            last = next(reversed(list_checkpoints(self.directory)), None)
-            kept = f"the last good one is {last}" if last else "there is no earlier one"
-            self.failed(f"warning: the checkpoint of step {step} could not be written ({error}); {kept}")
-
-
-def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host, safe from later steps."""
-    copies = {name: tensor.detach().to("cpu", copy=True, non_blocking=True) for name, tensor in tensors.items()}
-    if any(tensor.device.type == "cuda" for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return copies
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy on the host, safe from later steps."""
+    return tensor.detach().to("cpu", copy=True)

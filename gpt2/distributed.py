@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt2.allocator import keep_freed_memory
 from gpt2.compile import compile_model
 from gpt2.config import RunConfig
 from gpt2.errors import UserError
@@ -61,11 +62,6 @@ class World:
             return flag
         return bool(self.max_(torch.tensor(int(flag), device=self.device)).item())
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.size > 1:
-            dist.barrier()
-
     def on_main(self, work: Callable[[], T]) -> T:
         """Let rank 0 do something that may fail, and give every process its result.
 
@@ -73,32 +69,77 @@ class World:
             work: done by rank 0 alone; its result can be pickled.
 
         Raises:
-            UserError: rank 0's, in every process.
+            UserError: rank 0's, in every process; where rank 0 fails in another way, the others are told so by one.
         """
         if self.size == 1:
             return work()
         outcome: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.is_main:
             try:
                 outcome[0] = work()
-            except UserError as error:
-                outcome[1] = error
+            except Exception as error:
+                failure = error
+                outcome[1] = str(error) if isinstance(error, UserError) else f"rank 0 failed: {error!r}"
         dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if failure is not None:
+            raise failure
         if outcome[1] is not None:
-            raise outcome[1]
+            raise UserError(outcome[1])
         result: T = outcome[0]
         return result
 
+    def agree(self, work: Callable[[], T]) -> T:
+        """Let every process do its own part of something that may fail: all of them succeed, or all raise.
 
-def pick_device(choice: str, local_rank: int = 0) -> torch.device:
-    """The device a process computes on.
+        Args:
+            work: done by every process, without waiting for others; its result stays here.
+
+        Raises:
+            UserError: that of the first process that raised one, in every process.
+        """
+        if self.size == 1:
+            return work()
+        result: T | None = None
+        message: str | None = None
+        try:
+            result = work()
+        except UserError as error:
+            message = str(error)
+        messages: list[str | None] = [None] * self.size
+        dist.all_gather_object(messages, message)
+        for found in messages:
+            if found is not None:
+                raise UserError(found)
+        return cast("T", result)
+
+    def share(self, tensors: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+        """Rank 0's tensors in every process, on its device, one after the other; all must take all of them.
+
+        Args:
+            tensors: rank 0's; the others' are ignored.
+        """
+        named = self.on_main(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in (tensors or {}).items()])
+        for name, shape, dtype in named:
+            if self.is_main and tensors is not None:
+                tensor = tensors[name].to(self.device).contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            if self.size > 1:
+                dist.broadcast(tensor, src=0)
+            yield name, tensor
+
+
+def pick_device(choice: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The device a process computes on. Processes of one machine are refused together or not at all.
 
     Args:
         choice: "auto" (CUDA, else MPS, else CPU), or a device of PyTorch's: "cuda", "cuda:1", "mps", "cpu".
         local_rank: which of the machine's processes this is; it takes the CUDA device of that number.
+        local_size: the machine's processes.
 
     Raises:
-        UserError: the device does not exist here.
+        UserError: the device does not exist here, or not for all of the machine's processes.
     """
     if choice == "auto":
         choice = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -110,13 +151,17 @@ def pick_device(choice: str, local_rank: int = 0) -> torch.device:
         raise UserError("device mps is not available here; use --device cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        index = local_rank if device.index is None else device.index
-        if index >= count:
+        if device.index is not None and local_size > 1:
             raise UserError(
-                f"device cuda:{index} is not available: this machine shows {count} CUDA device(s); "
+                f"{local_size} processes can't share device {choice}; use --device cuda, which gives each its own"
+            )
+        last = local_size - 1 if device.index is None else device.index
+        if last >= count:
+            raise UserError(
+                f"device cuda:{last} is not available: this machine shows {count} CUDA device(s); "
                 "use --device cpu or start fewer processes"
             )
-        device = torch.device("cuda", index)
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
     return device
 
 
@@ -124,18 +169,18 @@ def pick_device(choice: str, local_rank: int = 0) -> torch.device:
 def world(device: str = "auto") -> Iterator[World]:
     """Join the processes torchrun started, nccl between GPUs and gloo between CPUs, and leave them at the end.
 
-    When a process waits too long for another one, nccl writes what each was doing (its flight recorder) to files whose
-    names begin with TORCH_FR_DUMP_TEMP_FILE.
-
     Args:
         device: of `pick_device`.
     """
-    rank, local_rank, size = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    rank, local_rank, size, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
     )
-    this = World(rank, local_rank, size, pick_device(device, local_rank))
+    this = World(rank, local_rank, size, pick_device(device, local_rank, local_size))
     if this.device.type == "cuda":
         torch.cuda.set_device(this.device)
+    elif this.device.type == "cpu":
+        keep_freed_memory()
     if "RANK" not in os.environ:
         yield this
         return

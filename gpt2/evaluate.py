@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.distributed import World
-from gpt2.loader import Blocks, to_device
+from gpt2.loader import Blocks, on_host, to_device
 from gpt2.loss import IGNORE
 
 
@@ -40,16 +40,22 @@ def validation_loss(
         micro_batch_size: sequences a forward pass.
         world: the processes that share the work.
         autocast: makes the precision context the run trains under.
+
+    Raises:
+        UserError: the tokens can't be read, in every process.
     """
     count = count_val_blocks(blocks, val_tokens)
     stride = micro_batch_size * world.size
     total = torch.zeros((), device=world.device, dtype=torch.float32 if world.device.type == "mps" else torch.float64)
+    rows = np.arange(-(-count // stride) * stride).reshape(-1, world.size, micro_batch_size)
+    mine = rows[:, world.rank]  # (batches, B)
+    # Read in one go, so that a shard one process can't read stops all of them here and not within the model.
+    read = world.agree(lambda: blocks.read(np.minimum(mine.reshape(-1), count - 1)))
     was_training = model.training
     model.eval()
-    for start in range(0, count, stride):
-        mine = np.arange(micro_batch_size) + start + world.rank * micro_batch_size
-        tokens = to_device(blocks.read(np.minimum(mine, count - 1)), world.device)
-        padding = torch.from_numpy(mine >= count).to(world.device)  # (B,)
+    for numbers, ids in zip(mine, read.reshape(*mine.shape, -1), strict=True):
+        tokens = to_device(on_host(ids, world.device), world.device)
+        padding = torch.from_numpy(numbers >= count).to(world.device)  # (B,)
         targets = tokens[:, 1:].masked_fill(padding[:, None], IGNORE)
         with autocast():
             loss: Tensor = model(tokens[:, :-1], targets)

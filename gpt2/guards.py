@@ -7,15 +7,15 @@ goes its own way.
 from __future__ import annotations
 
 import signal
-import sys
+from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 import torch
 from torch import Tensor
 
 from gpt2.errors import UserError
+from gpt2.metrics_file import lock
 
 MAX_SKIPS_IN_A_ROW = 5
 SPIKE_MEMORY = 0.98
@@ -73,6 +73,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._interrupted = False
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -85,30 +86,25 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         self.received = signal.Signals(number).name
 
 
-def lock_run(run: Path) -> IO[str]:
+def lock_run(run: Path) -> FileIO:
     """Claim a run directory for this process, until the returned file is closed or the process ends.
 
     Raises:
         UserError: it can't be written, or another process holds it.
     """
-    path = run / ".lock"
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = FileIO(run / ".lock", "a")
     except OSError as error:
         raise UserError(f"cannot write to the run directory {run}: {error.strerror}; choose another --run") from None
-    if sys.platform == "win32":
-        return file
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not lock(file):
         file.close()
-        raise UserError(f"another process is training in {run}; wait for it or choose another --run") from None
+        raise UserError(f"another process is training in {run}; wait for it or choose another --run")
     return file

@@ -118,13 +118,16 @@ class Blocks:
         return out
 
 
-def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
-    """Token ids (n, T) on the device as int64, sent in the 2 or 4 bytes they have on disk."""
+def on_host(tokens: np.ndarray, device: torch.device) -> Tensor:
+    """Token ids (n, T) as a tensor of the 2 or 4 bytes they have on disk, in memory that `device` copies fast from."""
     signed = torch.from_numpy(tokens.view(np.int16 if tokens.itemsize == 2 else np.int32))
-    if device.type == "cuda":
-        signed = signed.pin_memory()
-    ids = signed.to(device, non_blocking=True).long()
-    return ids & 0xFFFF if tokens.itemsize == 2 else ids  # the sign bit is part of a uint16's number
+    return signed.pin_memory() if device.type == "cuda" else signed
+
+
+def to_device(tokens: Tensor, device: torch.device) -> Tensor:
+    """Token ids of `on_host` on the device, as int64."""
+    ids = tokens.to(device, non_blocking=True).long()
+    return ids & 0xFFFF if tokens.dtype == torch.int16 else ids  # the sign bit is part of a uint16's number
 
 
 class Loader:
@@ -154,7 +157,7 @@ class Loader:
         # Micro-step k of rank r takes rows [(k W + r) B, (k W + r + 1) B) of the step's samples.
         rows = np.arange(sequences_per_step).reshape(-1, world_size, micro_batch_size)
         self._rows = rows[:, rank].reshape(-1)
-        self._queue: queue.Queue[np.ndarray | Exception] = queue.Queue(maxsize=PREFETCH_STEPS)
+        self._queue: queue.Queue[Tensor | Exception] = queue.Queue(maxsize=PREFETCH_STEPS)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(start,), name="loader", daemon=True)
 
@@ -170,19 +173,28 @@ class Loader:
         """The next step's micro-batches: inputs (B, T) and targets (B, T), int64, on the device.
 
         Raises:
-            UserError: of `Blocks.read`.
+            UserError: of `Blocks.read`; there is no further step then.
         """
         item = self._queue.get()
         if isinstance(item, Exception):
             raise item
-        tokens = to_device(item, self._device)
+        return self._cut(to_device(item, self._device))
+
+    def blank(self) -> list[tuple[Tensor, Tensor]]:
+        """Micro-batches of `next`'s shape that hold nothing: for a process that failed, so that the others go on."""
+        shape = len(self._rows), self._blocks.block_size + 1
+        return self._cut(torch.zeros(shape, dtype=torch.int64, device=self._device))
+
+    def _cut(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(self._micro_batch_size)]
 
     def _produce(self, sample: int) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a thread's own; pinning memory would wake GPU 0 in every process
         while not self._stop.is_set():
-            item: np.ndarray | Exception
+            item: Tensor | Exception
             try:
-                item = self._blocks.read(self._blocks.order(sample + self._rows))
+                item = on_host(self._blocks.read(self._blocks.order(sample + self._rows)), self._device)
             except Exception as error:  # raised again where the step asks for its data
                 item = error
             while not self._stop.is_set():

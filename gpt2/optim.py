@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,8 @@ def state_tensors(
     Args:
         model: whose parameters they update.
         optimizers: of `make_optimizers`.
-        gather: makes a tensor whole, where it is sharded; every process calls it in the same order.
+        gather: makes a tensor whole, where it is sharded, and keeps it where it should; every process calls it in the
+            same order.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {}
@@ -125,7 +126,7 @@ def state_tensors(
 def load_state_tensors(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    tensors: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
     place: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
     """Put back what `state_tensors` returned.
@@ -133,28 +134,25 @@ def load_state_tensors(
     Args:
         model: whose parameters they update.
         optimizers: of `make_optimizers`.
-        tensors: whole ones.
-        place: (whole tensor, parameter) to the tensor on the parameter's device, sharded as it is.
+        tensors: names and whole tensors.
+        place: (whole tensor, parameter) to a copy on the parameter's device, sharded as it is.
 
     Raises:
         UserError: state of a parameter that does not exist, or none of one that does.
     """
     parameters = dict(model.named_parameters())
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    for full_name, tensor in tensors.items():
+    owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = set(parameters)
+    for full_name, tensor in tensors:
         key, _, name = full_name.partition(".")
         if name not in parameters:
             raise UserError(f"the checkpoint's optimizer state is of {name!r}, which this model does not have")
-        states[name][key] = tensor
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = names[id(parameter)]
-                if tensors and not states[name]:
-                    raise UserError(f"the checkpoint holds no optimizer state of {name!r}; was it trained with Muon?")
-                for key, tensor in states[name].items():
-                    scalar = tensor.ndim == 0  # AdamW's count of steps, never sharded
-                    optimizer.state[parameter][key] = (
-                        tensor.to(parameter.device, copy=True) if scalar else place(tensor, parameter)
-                    )
+        parameter = parameters[name]
+        state = owners[id(parameter)].state[parameter]
+        if tensor.ndim == 0:  # AdamW's count of steps, never sharded
+            state[key] = tensor.to(parameter.device, copy=True)
+        else:
+            state[key] = place(tensor, parameter)
+        missing.discard(name)
+    if missing:
+        raise UserError(f"the checkpoint holds no optimizer state of {min(missing)!r}; was it trained with Muon?")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,20 @@ from gpt2.precision import autocast
 MicroBatches = Sequence[tuple[Tensor, Tensor]]
 
 
+class Flags(NamedTuple):
+    """What one process wants all of them to know; of all of them: whether any does.
+
+    Attributes:
+        stop: it was told to stop.
+        save: it wants a checkpoint.
+        failed: it could not read its data, and took part in the step with a made-up batch.
+    """
+
+    stop: bool = False
+    save: bool = False
+    failed: bool = False
+
+
 @dataclass(frozen=True)
 class StepNumbers:
     """What a step came to, equal in all processes.
@@ -26,8 +41,7 @@ class StepNumbers:
         grad_norm: global, before clipping.
         updated: whether the weights were updated.
         nonfinite: whether loss or norm was not finite.
-        stop: whether a process was told to stop.
-        save: whether rank 0 asked for a checkpoint.
+        flags: of all processes.
         bad_ranks: processes whose own loss was not finite.
     """
 
@@ -35,8 +49,7 @@ class StepNumbers:
     grad_norm: float
     updated: bool
     nonfinite: bool
-    stop: bool
-    save: bool
+    flags: Flags
     bad_ranks: list[int]
 
 
@@ -57,9 +70,10 @@ class PendingNumbers:
         """The numbers, as soon as the device has them."""
         if self._event is not None:
             self._event.synchronize()
-        loss, grad_norm, veto, nonfinite, stop, save, *ranks = self._host.tolist()
-        bad_ranks = [rank for rank, bad in enumerate(ranks) if bad]
-        return StepNumbers(loss, grad_norm, veto == 0, nonfinite != 0, stop != 0, save != 0, bad_ranks)
+        loss, grad_norm, veto, nonfinite, *rest = self._host.tolist()
+        flags = Flags(*(count > 0 for count in rest[: len(Flags._fields)]))
+        bad_ranks = [rank for rank, bad in enumerate(rest[len(Flags._fields) :]) if bad]
+        return StepNumbers(loss, grad_norm, veto == 0, nonfinite != 0, flags, bad_ranks)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -78,8 +92,7 @@ def train_step(
     dtype: str,
     tokens_per_step: int,
     grad_clip: float,
-    stop: bool,
-    save: bool,
+    flags: Flags,
 ) -> PendingNumbers:
     """Accumulate the gradient of the mean loss over the step's tokens in all processes, clip it, update the weights.
 
@@ -92,8 +105,7 @@ def train_step(
         dtype: of `gpt2.precision.resolve_dtype`.
         tokens_per_step: over all processes.
         grad_clip: largest global norm; 0: any.
-        stop: whether this process was told to stop, to be known to all.
-        save: whether this process wants a checkpoint, likewise.
+        flags: this process's; a failed one vetoes the update.
     """
     own_loss = torch.zeros((), device=world.device)
     for number, (tokens, targets) in enumerate(batches):
@@ -104,9 +116,14 @@ def train_step(
             (loss * world.size).backward()
         own_loss += loss.detach()
 
-    shared = torch.zeros(3 + world.size, device=world.device)
-    shared[0], shared[1], shared[2], shared[3 + world.rank] = own_loss, float(stop), float(save), ~own_loss.isfinite()
-    world.sum_(shared)
+    if flags.failed:
+        own_loss.fill_(torch.nan)
+    # The loss, the flags, and whose loss is not finite travel together; no process waits for another a second time.
+    own = [False] * world.size
+    own[world.rank] = True
+    mine = torch.tensor([*flags, *own], dtype=torch.float32).to(world.device, non_blocking=True)
+    mine[len(flags) :] *= ~own_loss.isfinite()
+    shared = world.sum_(torch.cat([own_loss[None], mine]))
     parameters = list(model.parameters())
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
@@ -124,7 +141,7 @@ def ranks_with_bad_gradient(model: nn.Module, batches: MicroBatches, world: Worl
     """Processes whose own gradient of a step is not finite: the step is done again, without reduction or update.
 
     Args:
-        model: the GPT itself, not sharded.
+        model: the GPT itself, not sharded; random numbers seeded as in the step.
         batches: this process's part of the step.
         world: the processes.
         dtype: as in the step.

@@ -1,0 +1,64 @@
+"""A trace of a few training steps by PyTorch's profiler, for chrome://tracing or https://ui.perfetto.dev."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+WAIT = 3
+"""Steps left alone at first, so that compilation and the first allocations are not in the trace."""
+WARMUP = 2
+"""Steps that the profiler runs without keeping them: its own start is slow."""
+
+
+class StepProfiler:
+    """Traces a run's steps number WAIT + WARMUP + 1 and after, counted from this start.
+
+    Args:
+        directory: RUN/profile; receives one file.
+        steps: to trace.
+        device: whose kernels are traced beside the host's calls.
+        first_step: steps finished before the first one.
+    """
+
+    def __init__(self, directory: Path, steps: int, device: torch.device, first_step: int):
+        self.steps = steps
+        first = first_step + WAIT + WARMUP + 1
+        self.path = directory / f"steps_{first}_to_{first + steps - 1}.json"
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(
+            activities=activities,
+            schedule=schedule(wait=WAIT, warmup=WARMUP, active=steps, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self._profile.start()
+        self._seen = 0
+        self.written = False
+
+    @property
+    def done(self) -> bool:
+        """Whether all its steps are traced."""
+        return self._seen >= WAIT + WARMUP + self.steps
+
+    def step(self) -> None:
+        """A step has ended."""
+        if not self.done:
+            self._seen += 1
+            self._profile.step()
+            if self.done:
+                self._profile.stop()
+
+    def close(self) -> None:
+        """Stop, also before all steps are traced; what there is of them is written."""
+        if not self.done:
+            self._seen = WAIT + WARMUP + self.steps
+            self._profile.stop()
+
+    def _write(self, trace: profile) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(self.path))
+        self.written = True
