@@ -309,18 +309,18 @@ def _cut_after(file: Any, position: int) -> int:
     size = os.fstat(file.fileno()).st_size
     if position == 0 or position >= size:
         return min(position, size)
-    context = 4  # bytes of the longest character, to see what is before the cut
-    file.seek(position - context)
-    data = file.read(context)
+    file.seek(max(0, position - 4))  # the longest character, to see what is before the cut
+    data = file.read(min(4, position))
     while block := file.read(1 << 16):
+        old = len(data)
         data += block
-        for match in re.finditer(rb"[ \n]", data[context:]):
-            at = context + match.start()
-            before = data[at - context : at].decode("utf-8", errors="ignore")
+        for match in re.compile(rb"[ \n]").finditer(data, old):
+            at = match.start()
+            before = data[max(0, at - 4) : at].decode("utf-8", errors="ignore")
             if before and not before[-1].isspace():
-                return position - context + at
+                return int(position + at - old)
         position += len(block)
-        data = data[-context:]
+        data = data[-4:]
     return size
 
 
