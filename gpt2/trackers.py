@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 WandbMode = Literal["online", "offline", "disabled"]
 WandbChoice = Literal["auto", "online", "offline", "disabled"]
 
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""Its public servers, old name and new; WANDB_BASE_URL names another."""
 INIT_SECONDS = 30
 """How long wandb may take to reach its server before the run is recorded offline."""
 FINISH_SECONDS = 120
@@ -71,12 +73,14 @@ class Guarded:
 
 
 def wandb_key_configured() -> bool:
-    """Whether wandb would find a key: in WANDB_API_KEY, or in a netrc file for its server."""
-    if os.environ.get("WANDB_API_KEY"):
+    """Whether wandb would find a key: in the environment, or in a netrc file for its server."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    own = os.environ.get("WANDB_BASE_URL")
+    hosts = [urlsplit(own).netloc] if own else WANDB_HOSTS
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        file = netrc.netrc(os.environ.get("NETRC"))
+        return any(file.authenticators(host) is not None for host in hosts)
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -136,7 +140,7 @@ class Wandb:
         if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):  # newer than 0.19
             settings["finish_timeout"] = FINISH_SECONDS
 
-        def start(mode: WandbMode) -> Any:
+        def start(mode: WandbMode, run_id: str) -> Any:
             return wandb.init(
                 project=project,
                 id=run_id,
@@ -149,12 +153,13 @@ class Wandb:
             )
 
         try:
-            self.run = start(mode)
+            self.run = start(mode, run_id)
         except Exception as error:
             if mode == "offline":
                 raise
-            say(f"wandb: no connection ({error}); recording offline, send it later with `wandb sync`")
-            self.run = start("offline")
+            cause = str(error).strip().splitlines()
+            say(f"wandb: no connection ({cause[0] if cause else error!r}); recording offline, for `wandb sync` later")
+            self.run = start("offline", f"{run_id}-offline")  # the failed attempt holds the id itself
         # A restart repeats steps, which wandb's own step counter would refuse.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
