@@ -1,0 +1,153 @@
+"""Runs of a tiny model for the tests: in this process, as a command, and under torchrun."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from gpt2.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from gpt2.distributed import World
+from gpt2.guards import StopSignals
+from train_gpt2 import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+SMALL = Config(
+    model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=59),
+    data=DataConfig(micro_batch_size=8, total_batch_tokens=512, val_tokens=1500),
+    optim=OptimConfig(learning_rate=1e-2, warmup_steps=5),
+    run=RunConfig(
+        max_steps=30,
+        dtype="fp32",
+        device="cpu",
+        compile=False,
+        deterministic=True,
+        log_every=1,
+        eval_every=0,
+        hellaswag_limit=0,
+        num_samples=0,
+        checkpoint_every=0,
+        wandb="disabled",
+    ),
+)
+
+
+def small(data: Path, run: Path, **changes: Any) -> Config:
+    """The small run's configuration, with fields of any part changed by name."""
+    changes = {"data": data, "run_dir": run, **changes}
+    parts = {}
+    for part in dataclasses.fields(Config):
+        old = getattr(SMALL, part.name)
+        names = {field.name for field in dataclasses.fields(old)} & changes.keys()
+        parts[part.name] = dataclasses.replace(old, **{name: changes.pop(name) for name in names})
+    assert not changes, f"no such settings: {changes}"
+    return Config(**parts)
+
+
+def flags(config: Config) -> list[str]:
+    """A configuration as the words of a command line."""
+    words = ["debug"]
+    for part in dataclasses.fields(Config):
+        for name, value in dataclasses.asdict(getattr(config, part.name)).items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", str(value)]
+    return words
+
+
+def train(config: Config, stop_after: int | None = None, prepare: Callable[[Run], None] | None = None) -> Run:
+    """Run to the end in this process, or until it is told to stop while it takes a later step than `stop_after`."""
+    signals = StopSignals()
+    run = Run(config, ALONE, signals)
+    if stop_after is not None:
+        advance = run.advance
+
+        def advance_and_stop() -> None:
+            advance()
+            if run.step == stop_after - 1:
+                signals.received = "SIGTERM"
+
+        run.advance = advance_and_stop  # type: ignore[method-assign]
+    if prepare is not None:
+        prepare(run)
+    try:
+        assert run.train() == 0
+    finally:
+        run.close("error")
+        run.lock.close()
+    return run
+
+
+def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Lines of a kind in a run's metrics file."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of each step; of a repeated one the last."""
+    return {line["step"]: line["loss"] for line in records(run)}
+
+
+def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a checkpoint, by name."""
+    path = run / "checkpoints" / f"step_{step:08d}"
+    weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    assert moments
+    return {name: tensor.clone() for name, tensor in (weights | moments).items()}  # not the file's own memory
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Two sets of tensors are equal in every bit."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+def environment() -> dict[str, str]:
+    """Of a process a test starts: torchrun's own variables do not reach it, this project's modules do."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH", "RANK", "WORLD", "LOCAL", "MASTER"))}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**kept, "PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+
+
+def command(script: Path, words: list[str], processes: int = 0, torchrun: tuple[str, ...] = ()) -> list[str]:
+    """The words that start a script, under torchrun where it is to have processes."""
+    if not processes:
+        return [sys.executable, str(script), *words]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, *torchrun, str(script), *words]
+
+
+def start(script: Path, words: list[str], processes: int = 0, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start a script whose output can be read together."""
+    return subprocess.Popen(
+        command(script, words, processes, torchrun),
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(script: Path, words: list[str], processes: int = 0, torchrun: tuple[str, ...] = ()) -> tuple[int, str]:
+    """Run a script to its end; returns its exit code and everything it printed."""
+    process = start(script, words, processes, torchrun)
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return process.returncode, output
