@@ -59,7 +59,7 @@ class Plan:
             "step": f"{self.tokens_per_step:,} tokens = {data.micro_batch_size} × {model.block_size} tokens "
             f"× {world_size} processes × {self.grad_accum_steps} micro-steps",
             "run": f"{self.total_steps:,} steps = {self.total_tokens:,} tokens = {self.epochs:.2f} epochs",
-            "compute": f"{self.flops_per_token / 1e6:,.1f} MFLOP a token, "
+            "compute": f"{self.flops_per_token / 1e6:.3g} MFLOP a token, "
             f"{self.flops_per_token * self.total_tokens:.2e} FLOP in all",
             "memory": memory,
             "validation": f"{self.val_tokens:,} tokens"

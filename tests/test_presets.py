@@ -1,0 +1,120 @@
+import itertools
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.config import Config
+from gpt2.errors import UserError
+from gpt2.model import GPT
+from gpt2.presets import parse_args, presets
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_no_words_is_the_124m_recipe():
+    config = parse_args([])
+    assert config == presets()["gpt2"][1]
+    assert config.data.data == Path("data/fineweb_edu_10B")
+
+
+@pytest.mark.parametrize(
+    # Hand arithmetic: V·C + T·C + L·(12·C² + 13·C) + 2·C.
+    ("name", "parameters"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_sizes(name, parameters):
+    with torch.device("meta"):
+        assert GPT(presets()[name][1].model).num_parameters() == parameters
+
+
+def test_any_field_is_a_flat_flag():
+    words = "quickstart --data d --run r --max-steps 200 --micro-batch-size 8 --total-batch-tokens 16384 --seed 1"
+    config = parse_args([*words.split(), "--deterministic", "--device", "cpu", "--no-compile"])
+    quickstart = presets()["quickstart"][1]
+    assert config == Config(
+        model=quickstart.model,
+        data=replace(quickstart.data, data=Path("d"), micro_batch_size=8, total_batch_tokens=16384),
+        optim=quickstart.optim,
+        run=replace(
+            quickstart.run,
+            run_dir=Path("r"),
+            max_steps=200,
+            seed=1,
+            deterministic=True,
+            device="cpu",
+            compile=False,
+        ),
+    )
+
+
+def test_run_is_short_for_run_dir():
+    for words in (["--run", "x"], ["--run=x"], ["--run-dir", "x"], ["--run-dir=x"]):
+        assert parse_args(["debug", *words]).run.run_dir == Path("x")
+
+
+def test_config_repeats_a_run(tmp_path):
+    import json
+
+    path = tmp_path / "config.json"
+    config = parse_args(["debug", "--learning-rate", "0.5"])
+    path.write_text(json.dumps(config.to_dict()))
+    assert parse_args(["--config", str(path)]) == config
+    assert parse_args(["--config", str(path), "--seed", "2"]).run == replace(config.run, seed=2)
+    with pytest.raises(UserError, match="not both"):
+        parse_args(["debug", "--config", str(path)])
+    with pytest.raises(UserError, match="--config needs"):
+        parse_args(["--config"])
+
+
+def test_unknown_words_are_refused(capsys):
+    with pytest.raises(UserError, match=r"unknown preset 'gpt3'; choose one of gpt2, .*debug"):
+        parse_args(["gpt3"])
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["debug", "--learning-rat", "3"])
+    assert stop.value.code == 2
+    assert "learning-rat" in capsys.readouterr().err
+    with pytest.raises(UserError, match="n_layer is 0"):
+        parse_args(["debug", "--n-layer", "0"])
+
+
+def test_only_rank_0_talks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["debug", "--nonsense"])
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_documents_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["quickstart", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for part in Config().to_dict().values():
+        for name in part:
+            assert f"--{name.replace('_', '-')}" in text, name
+    # A flag is followed by an explanation, not by the next flag or the end of its box.
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    for line, following in itertools.pairwise(lines):
+        if re.fullmatch(r"--[a-z][\w-]*(, --[\w-]+)?( \S+)?", line):
+            assert following, line
+            assert not following.startswith(("--", "╰")), line
+    for name in presets():
+        assert name in text
+
+
+def test_a_bad_setting_ends_the_program_in_one_line():
+    command = [sys.executable, "train_gpt2.py", "gpt2", "--n-head", "7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: n_embd 768 is not divisible by n_head 7[^\n]+\n", done.stderr), done.stderr
