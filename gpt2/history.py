@@ -44,6 +44,8 @@ class History:
     """Lines of the history that led to the current state, in file order."""
     superseded: tuple[dict[str, Any], ...]
     """Lines written after the checkpoint that a later start went on from."""
+    everything: tuple[dict[str, Any], ...]
+    """Both, in file order."""
     torn: int
     """Lines that do not have the form of ours: a kill tears one at most."""
 
@@ -106,6 +108,7 @@ def read_metrics(path: Path) -> History:
     return History(
         live=tuple(line.record for line in live),
         superseded=tuple(line.record for line in lines if line.offset not in kept),
+        everything=tuple(line.record for line in lines),
         torn=len(parsed) - len(lines),
     )
 

@@ -39,8 +39,7 @@ class Run:
     @property
     def starts(self) -> list[Record]:
         """Every start there was, in the file's order, superseded ones included."""
-        lines = [*self.history.live, *self.history.superseded]
-        return sorted((line for line in lines if line["kind"] == "run_start"), key=lambda line: line["time"])
+        return [record for record in self.history.everything if record["kind"] == "run_start"]
 
     @property
     def start(self) -> Record:
@@ -118,14 +117,13 @@ class Run:
     @property
     def seconds(self) -> dict[str, float]:
         """Wall time by phase over all starts, what was later superseded included: it was spent."""
-        return _add_seconds([*self.history.live, *self.history.superseded])
+        return _add_seconds(self.history.everything)
 
     @property
     def device_seconds(self) -> float:
         """Wall time × processes, over all starts."""
-        lines = sorted([*self.history.live, *self.history.superseded], key=lambda line: line.get("time", 0.0))
         total, world_size = 0.0, 1
-        for line in lines:
+        for line in self.history.everything:
             if line["kind"] == "run_start":
                 world_size = int(line.get("world_size", 1))
             total += world_size * sum(_add_seconds([line]).values())

@@ -171,7 +171,7 @@ function drawSeries(root, s, X, Y, usable) {
     for (const i of points) svg("circle", {cx: X(s.x[i]), cy: Y(s.y[i]), r: 3, stroke: "none"}, null, root).style.fill = s.color;
 }
 
-/** The values nearest to the pointer, of every series. */
+/** The values nearest to the pointer, of every series that has begun and not ended there. */
 function addTip(plot, root, chart, box, X, Y, usable) {
   const line = svg("line", {class: "axis", y1: box.top, y2: box.bottom, visibility: "hidden"}, null, root);
   const tip = html("div", "tip", null, plot);
@@ -192,10 +192,11 @@ function addTip(plot, root, chart, box, X, Y, usable) {
     if (nearest === null) return hide();
     tip.replaceChildren(html("div", "", `${short(nearest)} tokens`));
     for (const [s, i] of rows) {
-      if (Math.abs(X(s.x[i]) - X(nearest)) > 40) continue;
+      const away = Math.abs(X(s.x[i]) - at);
+      if (away > 40 && (at < X(s.x.find((x, k) => usable(x, s.y[k]))) || at > X(s.x.findLast((x, k) => usable(x, s.y[k]))))) continue;
       const row = html("div", "", null, tip);
       html("span", "dot", null, row).style.background = s.color;
-      row.append(` ${s.label} ${chart.format(s.y[i])}`);
+      row.append(` ${s.label} ${chart.format(s.y[i])}${away > 12 ? ` at ${short(s.x[i])}` : ""}`);
     }
     line.setAttribute("x1", X(nearest)); line.setAttribute("x2", X(nearest)); line.setAttribute("visibility", "visible");
     tip.hidden = false;

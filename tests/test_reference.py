@@ -1,0 +1,55 @@
+"""Published figures find their own run and no other."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpt2 import reference
+from gpt2.presets import presets
+
+
+@pytest.mark.parametrize(
+    ("name", "corpus"),
+    [
+        ("HuggingFaceFW/fineweb-edu", "fineweb-edu"),
+        ("edu_fineweb10B", "fineweb-edu"),
+        ("edufineweb", "fineweb-edu"),
+        ("fineweb_edu_10B", "fineweb-edu"),
+        ("HuggingFaceFW/fineweb", "fineweb"),
+        ("fineweb10B", "fineweb"),
+        ("education", None),
+        ("pydocs", None),
+        ("", None),
+    ],
+)
+def test_a_data_set_is_known_by_its_names(name: str, corpus: str | None) -> None:
+    assert reference.corpus_of(name) == corpus
+
+
+def test_the_presets_have_the_published_sizes() -> None:
+    sizes = {}
+    for name, (_, config) in presets().items():
+        model = config.model
+        sizes[name] = reference.size_of(model.n_layer, model.n_head, model.n_embd)
+    assert sizes["gpt2"] == "124M"
+    assert sizes["gpt2-medium"] == "350M"
+    assert sizes["gpt2-large"] == "774M"
+    assert sizes["gpt2-xl"] == "1558M"
+    assert sizes["quickstart"] is None
+
+
+def test_figures_are_of_the_right_corpus() -> None:
+    assert reference.gpt2_val_loss("fineweb", "124M") == 3.4250
+    assert reference.gpt2_val_loss("fineweb-edu", "124M") == 3.2924
+    assert reference.gpt2_val_loss("fineweb-edu", "1558M") is None  # nobody published it
+    assert reference.gpt2_val_loss(None, "124M") is None
+    assert reference.gpt2_val_loss("fineweb", None) is None
+    assert reference.milestones("fineweb-edu", "124M")[0] == (250 * 524_288, 6.163)
+    assert reference.milestones("fineweb", "350M") == ()
+
+
+def test_milestones_fall() -> None:
+    for sizes in reference.MILESTONES.values():
+        for points in sizes.values():
+            assert list(points) == sorted(points)
+            assert [loss for _, loss in points] == sorted((loss for _, loss in points), reverse=True)
