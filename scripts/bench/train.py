@@ -1,0 +1,325 @@
+"""Tokens a second of a training step: this project's against a plain model and transformers.
+
+Every side starts from the same weights, takes the same batch under the same autocast, clips and updates with the same
+fused AdamW; each runs in a process of its own, and they take turns, so that what else the machine does weighs on all.
+Compilation and warm-up are not counted. If the losses of the first steps differ by more than rounding, nothing is
+reported: the sides would not compute the same thing.
+
+  ours          the trainer's own step, as train_gpt2.py makes it
+  plain         the same network eager, with all logits at once and without this project's tricks
+  compiled      plain under torch.compile
+  transformers  GPT2LMHeadModel (its loss function: all logits in fp32)
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.common import Worker, add_model_arguments, configuration, matmul_flops, positive, seconds, summary
+from gpt2.config import Config
+from gpt2.distributed import World, parallelize, pick_device
+from gpt2.errors import UserError
+from gpt2.hardware import device_name, memory_bytes, peak_flops
+from gpt2.hf_format import config_to_hf, not_in_transformers, state_dict_to_hf
+from gpt2.loss import plain_cross_entropy
+from gpt2.model import GPT
+from gpt2.optim import make_optimizers
+from gpt2.precision import autocast, resolve_dtype, set_matmul_precision
+
+SIDES = ("ours", "plain", "compiled", "transformers")
+LEARNING_RATE = 1e-4
+CHECKED_STEPS = 4
+PARTS = (
+    ("attention", "aten::_scaled_dot_product"),
+    ("head and loss", "_LinearCrossEntropy"),
+    ("optimizer", "Optimizer.step#"),
+)
+"""Beginnings of the profiler's names for operations, without those they are made of."""
+Step = Callable[[], Callable[[], float]]
+"""Makes a step, and returns what waits for its loss."""
+# Losses of the first steps may differ by this fraction. Adam's first updates have the size of the learning rate
+# whatever the gradient's, so rounding that changes a small gradient's sign is seen in the loss.
+TOLERANCE = {"bf16": 2e-3, "tf32": 1e-3, "fp32": 1e-4}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add_model_arguments(parser)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="[all; without compiled on a CPU]")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each side [5]")
+    parser.add_argument("--steps", type=positive, help="steps a turn [1, on a GPU 10]")
+    parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of one of our steps")
+    parser.add_argument(
+        "--first-step", action="store_true", help="also time our first step with an empty and a filled compile cache"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print the table, return medians, spread, ratios and the breakdown of our step.
+
+    Raises:
+        UserError: the sides' losses differ, or an option is impossible.
+    """
+    config = configuration(args)
+    device = pick_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    on_gpu = device.type == "cuda"
+    sides = args.sides or [side for side in SIDES if on_gpu or side != "compiled"]
+    if "transformers" in sides and (odd := not_in_transformers(config.model)):
+        raise UserError(f"transformers has no model with {', '.join(odd)}; leave it out of --sides")
+    steps = args.steps or (10 if on_gpu else 1)
+    tokens = config.data.total_batch_tokens
+
+    workers = {side: Worker(Side, side, config, args.device, dtype) for side in sides}
+    first = {}
+    for side, worker in workers.items():
+        first[side] = worker.call("steps", 1)
+        print(f"{side}: first step {first[side]['seconds']:.1f} s", flush=True)
+    losses = {
+        side: first[side]["losses"] + worker.call("steps", CHECKED_STEPS - 1)["losses"]
+        for side, worker in workers.items()
+    }
+    compare_losses(losses, TOLERANCE[dtype])
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    cpu_times: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(args.rounds):
+        for side, worker in workers.items():
+            turn = worker.call("steps", steps, int(on_gpu))
+            times[side].append(turn["seconds"] / steps)
+            cpu_times[side].append(turn["cpu_seconds"] / steps)
+        print(
+            f"round {number + 1}: " + ", ".join(f"{side} {times[side][-1] * 1e3:.1f} ms" for side in sides), flush=True
+        )
+
+    result: dict[str, Any] = {
+        "configuration": config.to_dict(),
+        "dtype": dtype,
+        "tokens_per_step": tokens,
+        "threads": torch.get_num_threads(),
+        "losses": losses,
+        "sides": {},
+    }
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    product = matmul_flops(device, torch_dtype, 8192 if on_gpu else 2048)
+    peak = peak_flops(device_name(device))
+    flops = flops_per_token(config) * tokens
+    result["flops_per_token"], result["matmul_flops"], result["datasheet_flops"] = flops / tokens, product, peak
+    print(f"\n{device_name(device)}, {dtype}, {tokens} tokens a step, {flops / 1e12:.2f} TFLOP a step")
+    print(f"measured matrix product {product / 1e12:.3f} TFLOP/s: at most {tokens * product / flops:,.0f} tok/s")
+    print(
+        f"{'':<14}{'ms a step':>11}{'(low-high)':>19}{'tok/s':>11}{'TFLOP/s':>9}{'of product':>12}{'MFU':>7}{'GiB':>7}"
+    )
+    for side, worker in workers.items():
+        each = summary(times[side])
+        rate = tokens / each["median"]
+        memory = worker.call("memory")
+        entry = {
+            "seconds": each,
+            "cpu_seconds": summary(cpu_times[side]),
+            "tokens_per_second": rate,
+            "flops": rate * flops / tokens,
+            "of_measured_product": rate * flops / tokens / product,
+            "mfu": rate * flops / tokens / peak if peak else None,
+            "peak_memory_bytes": memory,
+            "first_step_seconds": first[side]["seconds"],
+        }
+        result["sides"][side] = entry
+        spread = f"({each['low'] * 1e3:.0f}-{each['high'] * 1e3:.0f})"
+        mfu = f"{entry['mfu']:.1%}" if entry["mfu"] is not None else "-"
+        print(
+            f"{side:<14}{each['median'] * 1e3:>11.1f}{spread:>19}{rate:>11,.0f}{entry['flops'] / 1e12:>9.3f}"
+            f"{entry['of_measured_product']:>12.1%}{mfu:>7}{(memory or 0) / 2**30:>7.2f}"
+        )
+    if "ours" in sides:
+        kinds = {"ratios": ("", times)}
+        if device.type == "cpu" and torch.get_num_threads() == 1:
+            # What a thread computed is counted apart from what it waited for others to leave the processor.
+            kinds["cpu_time_ratios"] = (" in processor time", cpu_times)
+        for kind, (name, measured) in kinds.items():
+            for side in sides:
+                if side != "ours":
+                    # Within a round, so that what else the machine does meanwhile weighs on both sides.
+                    pairs = [theirs / ours for ours, theirs in zip(measured["ours"], measured[side], strict=True)]
+                    ratio = result.setdefault(kind, {})[side] = summary(pairs)
+                    print(f"ours is {ratio['median']:.2f} times {side}{name} ({ratio['low']:.2f}-{ratio['high']:.2f})")
+        result["breakdown"] = workers["ours"].call("breakdown", str(args.profile) if args.profile else None)
+        total = result["breakdown"]["total"]
+        parts = ", ".join(
+            f"{part} {value / total:.0%}" for part, value in result["breakdown"].items() if part != "total"
+        )
+        print(f"one of our steps, profiled: {parts}")
+    for worker in workers.values():
+        worker.close()
+    if args.first_step:
+        result["first_step"] = first_steps(config, args.device, dtype)
+    return result
+
+
+def flops_per_token(config: Config) -> float:
+    """Operations to train on one token."""
+    with torch.device("meta"):
+        return GPT(config.model).flops_per_token()
+
+
+def compare_losses(losses: dict[str, list[float]], tolerance: float) -> None:
+    """Refuse to go on if the sides' losses of the same steps differ by more than rounding.
+
+    Raises:
+        UserError: they do.
+    """
+    reference, *others = losses
+    for side in others:
+        for step, (one, other) in enumerate(zip(losses[reference], losses[side], strict=True)):
+            if not abs(one - other) <= tolerance * abs(other):
+                raise UserError(
+                    f"the sides do not compute the same thing: in step {step + 1} the loss is {one:.5f} with "
+                    f"{reference} and {other:.5f} with {side}; their speeds are not to be compared"
+                )
+
+
+def first_steps(config: Config, device: str, dtype: str) -> dict[str, float]:
+    """Seconds from a new process's model to the end of its first step, with an empty and a filled compile cache."""
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="bench-inductor-") as cache:
+        for what in ("cold", "warm"):
+            worker = Worker(Side, "ours", config, device, dtype, environment={"TORCHINDUCTOR_CACHE_DIR": cache})
+            worker.call("memory")  # the model is built
+            found[what] = worker.call("steps", 1)["seconds"]
+            worker.close()
+    print(f"first step: {found['cold']:.1f} s with an empty compile cache, {found['warm']:.1f} s with a filled one")
+    return found
+
+
+class Side:
+    """One side of the comparison, in its own process.
+
+    Args:
+        side: of SIDES.
+        config: model and batch.
+        device: of `pick_device`.
+        dtype: of `resolve_dtype`.
+    """
+
+    def __init__(self, side: str, config: Config, device: str, dtype: str):
+        self.device, self.dtype = pick_device(device), dtype
+        set_matmul_precision(dtype)
+        generator = torch.Generator().manual_seed(0)
+        shape = (config.data.micro_batch_size, config.model.block_size + 1)
+        tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(self.device)
+        self.inputs, self.targets = tokens[:, :-1], tokens[:, 1:].contiguous()
+        model = GPT(config.model).init_weights(0).to(self.device)
+        optim = replace(config.optim, optimizer="adamw", learning_rate=LEARNING_RATE)
+        config = replace(config, optim=optim)
+        self.step = self._ours(model, config) if side == "ours" else self._baseline(model, config, side)
+
+    def steps(self, count: int, untimed: int = 0) -> dict[str, Any]:
+        """Make some steps; returns the wall and CPU seconds that `count` of them took, and all losses."""
+        readers = [self.step() for _ in range(untimed)]
+        before = time.process_time()
+        taken = seconds(lambda: readers.extend(self.step() for _ in range(count)), self.device)
+        cpu = time.process_time() - before
+        losses = [read() for read in readers]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the others' activations need the room
+        return {"seconds": taken, "cpu_seconds": cpu, "losses": losses}
+
+    def memory(self) -> int | None:
+        """Largest memory held so far, bytes."""
+        return memory_bytes(self.device)
+
+    def breakdown(self, trace: str | None) -> dict[str, float]:
+        """Seconds one step spends where, by the profiler.
+
+        Args:
+            trace: file to write a Chrome trace to, if any.
+        """
+        from torch.profiler import ProfilerActivity, profile
+
+        on_gpu = self.device.type == "cuda"
+        self.step()
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+        with profile(activities=activities, acc_events=True) as profiler:
+            total = seconds(self.step, self.device)
+        if trace is not None:
+            profiler.export_chrome_trace(trace)
+        parts = dict.fromkeys(("attention", "head and loss", "optimizer"), 0.0)
+        for event in profiler.key_averages():
+            if event.device_type != torch.autograd.DeviceType.CPU:
+                continue  # kernels, which the operations that launched them count too
+            for part, prefix in PARTS:
+                if event.key.startswith(prefix):
+                    parts[part] += (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
+        return {"total": total, **parts, "other": total - sum(parts.values())}
+
+    def _ours(self, model: GPT, config: Config) -> Step:
+        from gpt2.allocator import keep_freed_memory
+        from gpt2.guards import StepGuard
+        from gpt2.step import Flags, train_step
+
+        if self.device.type == "cpu":
+            keep_freed_memory()  # as gpt2.distributed.world does
+        world = World(0, 0, 1, self.device)
+        trained = parallelize(model, replace(config.run, compile=True), world, self.dtype, 1)
+        optimizers = make_optimizers(model, config.optim, self.device)
+        guard = StepGuard(self.device, "stop")
+
+        def step() -> Callable[[], float]:
+            numbers = train_step(
+                trained,
+                optimizers,
+                [(self.inputs, self.targets)],
+                guard,
+                world,
+                dtype=self.dtype,
+                tokens_per_step=config.data.total_batch_tokens,
+                grad_clip=config.optim.grad_clip,
+                flags=Flags(),
+            )
+            return lambda: numbers.read().loss
+
+        return step
+
+    def _baseline(self, model: GPT, config: Config, side: str) -> Step:
+        tokens, vocab_size = config.data.total_batch_tokens, config.model.vocab_size
+        network: torch.nn.Module = model
+        if side == "transformers":
+            import transformers
+
+            network = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_to_hf(config.model, None)))
+            network.load_state_dict(state_dict_to_hf(model.state_dict(), config.model), strict=False)
+            network.to(self.device)
+
+        def loss() -> Tensor:
+            if side == "transformers":
+                logits = network(self.inputs).logits.float()  # as transformers' loss functions do
+                return F.cross_entropy(logits.flatten(0, 1), self.targets.flatten())
+            hidden = model.hidden(self.inputs).flatten(0, 1)
+            total = plain_cross_entropy(
+                hidden, model.lm_head.weight, self.targets.flatten(), vocab_size, config.model.logit_softcap
+            )
+            return total / tokens
+
+        forward = torch.compile(loss) if side == "compiled" else loss
+        optimizers = make_optimizers(network, config.optim, self.device)
+
+        def step() -> Callable[[], float]:
+            with autocast(self.device, self.dtype):
+                value = forward()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), config.optim.grad_clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            return value.detach().item
+
+        return step

@@ -1,0 +1,83 @@
+"""Measure this project's speed beside its baselines' on this machine.
+
+python scripts/benchmark.py train --preset gpt2 --micro-batch-size 4
+python scripts/benchmark.py loader --json loader.json
+
+Each benchmark prints a table; --json also writes it with the hardware, versions and settings it depends on.
+`python scripts/benchmark.py NAME --help` shows a benchmark's options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gpt2.distributed import pick_device
+from gpt2.errors import UserError, run_cli
+from gpt2.hardware import environment
+
+BENCHMARKS = {
+    "train": "a training step: ours, the plain model, transformers",
+    "tokenize": "text to token shards",
+    "hellaswag": "the evaluator",
+    "loader": "start-up and tokens a second of the data loader",
+    "generate": "sampling with a key-value cache",
+    "ddp": "several processes against one",
+}
+
+
+def load(name: str) -> Any:
+    """The module of a benchmark: `add_arguments(parser)` and `run(args)`, which prints and returns JSON values.
+
+    Raises:
+        UserError: there is no such benchmark.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
+    return importlib.import_module(f"bench.{name}")
+
+
+def main() -> int:
+    """Run the benchmark the first word names."""
+    names = "\n".join(f"  {name:<11}{what}" for name, what in BENCHMARKS.items())
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(f"{__doc__}\nBenchmarks:\n{names}")
+        return 0 if len(sys.argv) > 1 else 2
+    name = sys.argv[1]
+    module = load(name)
+    parser = argparse.ArgumentParser(
+        prog=f"benchmark.py {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    module.add_arguments(parser)
+    args = parser.parse_args(sys.argv[2:])
+    if args.json is not None and not args.json.resolve().parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no directory {args.json.parent}; make it first")
+    start = time.time()
+    result = module.run(args)
+    if args.json is not None:
+        device = pick_device(getattr(args, "device", None) or "auto")
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
+        document = {
+            "benchmark": name,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+            "seconds": time.time() - start,
+            "arguments": settings,
+            "environment": environment(device, 1),
+            **result,
+        }
+        args.json.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+        print(f"wrote {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
