@@ -76,12 +76,12 @@ def check_shard(
             if eot is not None:
                 documents += int(np.count_nonzero(tokens == eot))
     found = ShardCheck(path, header.tokens, documents, largest)
-    if n_vocab is not None and largest >= n_vocab:
-        return replace(found, problem=f"holds id {largest}, the vocabulary has {n_vocab}")
     if entry is not None and header.tokens != entry.tokens:
         return replace(found, problem=f"{header.tokens:,} tokens, the manifest says {entry.tokens:,}")
     if entry is not None and digest.hexdigest() != entry.sha256:
         return replace(found, problem="checksum differs: the file was altered")
+    if n_vocab is not None and largest >= n_vocab:
+        return replace(found, problem=f"holds id {largest}, the vocabulary has {n_vocab}")
     if entry is not None and eot is not None and documents != entry.documents:
         return replace(found, problem=f"{documents:,} end-of-text tokens for {entry.documents:,} documents")
     if begins_document and eot is not None and first != eot:
@@ -141,9 +141,9 @@ def merge_parts(directory: Path) -> Manifest:
     unfinished = [part.part[0] for part in parts if part.part and not part.complete]
     if missing or unfinished:
         numbers = ", ".join(map(str, (missing + unfinished)[:10]))
-        what = "missing" if missing else "unfinished"
         raise UserError(
-            f"{directory}: {len(missing + unfinished)} of {count} parts {what} (run --part {numbers} first)"
+            f"{directory}: of {count} parts {len(missing)} are missing, {len(unfinished)} unfinished; "
+            f"run --part {numbers}"
         )
     shards = tuple(entry for part in sorted(parts, key=lambda p: p.part or (0, 0)) for entry in part.shards)
     for entry in shards:
