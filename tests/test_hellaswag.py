@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +17,12 @@ import torch.multiprocessing as mp
 from hellaswag_examples import SHAPES, make_examples, make_model, naive_log_probs, needs_real, real_examples
 from torch import Tensor
 
+import gpt2.hellaswag_data
 from gpt2.config import ModelConfig
 from gpt2.distributed import World, world
 from gpt2.errors import UserError
 from gpt2.hellaswag import Head, Result, evaluate
-from gpt2.hellaswag_data import Example
+from gpt2.hellaswag_data import Example, load_examples
 from gpt2.hellaswag_rows import CONVENTIONS, Convention, make_rows
 from gpt2.model import GPT
 from gpt2.tokenizer import CharTokenizer, gpt2_tokenizer
@@ -118,25 +121,34 @@ def test_memory_is_bounded_by_the_budget(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def _evaluate_in_process(rank: int, size: int, port: int, examples: tuple[Example, ...], out: Path) -> None:
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1"
-    )
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+
+    def fetch(split: str) -> tuple[Example, ...]:
+        (out / f"{rank} fetched").touch()
+        return examples
+
+    def fail(split: str) -> tuple[Example, ...]:
+        raise UserError("no answer")
+
+    gpt2.hellaswag_data._SPLITS["val"] = gpt2.hellaswag_data._Split("validation", len(examples), None)
+    gpt2.hellaswag_data._SOURCES = {"first": fail, "second": fetch}
     with world("cpu") as this:
+        loaded = load_examples(world=this)
+        gpt2.hellaswag_data._SOURCES = {"first": fail}
+        try:
+            load_examples(split="train", world=this)
+        except UserError as error:
+            failure = str(error)
         shapes: list[tuple[int, ...]] = []
         model = make_model(SHAPES["gpt2"])
-        model.register_forward_pre_hook(lambda *_: None)
         model.h[0].register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-        result = evaluate(model, examples, gpt2_tokenizer(), world=this, token_budget=300)
-    torch.save((result.log_probs, result.acc, result.acc_norm, result.scored, shapes), out / f"{rank}.pt")
+        result = evaluate(model, loaded, gpt2_tokenizer(), world=this, token_budget=300)
+    torch.save((result.log_probs, result.acc, result.acc_norm, result.scored, shapes, failure), out / f"{rank}.pt")
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -145,11 +157,14 @@ def free_port() -> int:
 def test_processes_do_not_matter_and_agree(tmp_path: Path) -> None:
     examples = make_examples(11)  # not a multiple of 2
     mp.spawn(_evaluate_in_process, args=(2, free_port(), examples, tmp_path), nprocs=2)
+    assert (tmp_path / "0 fetched").exists()
+    assert not (tmp_path / "1 fetched").exists()  # no rank downloads but the first
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     alone = score(make_model(SHAPES["gpt2"]), examples, token_budget=300)
     np.testing.assert_array_equal(zero[0], one[0])
     assert zero[1:] == one[1:]  # the same figures, after the same shapes: collectives inside the model would meet
     np.testing.assert_allclose(zero[0], alone.log_probs, rtol=0, atol=TOLERANCE)
+    assert "first: no answer" in zero[5]  # all raise what rank 0 met
     assert zero[1:4] == (alone.acc, alone.acc_norm, alone.scored)
 
 
