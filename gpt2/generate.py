@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2.attention import KVCache
 from gpt2.errors import UserError
 from gpt2.model import GPT
+from gpt2.packed import decoding_copy
 from gpt2.sampling import Sampling, choose, filter_logits, row_generators
 
 
@@ -38,7 +38,7 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty: of `gpt2.sampling.Sampling`; temperature 0 is greedy.
         eot_token: ends its row, as the row's last token; None: rows end by length only.
         seed: of the draws; row i's depend on the seed and on i.
-        dtype: to compute in, with a copy of the weights in it; None: the weights' own.
+        dtype: to compute in, with a copy of the weights in it (of `gpt2.packed`); None: the weights' own.
         use_cache: keep keys and values instead of computing them anew for every token; the result is the same.
 
     Returns:
@@ -84,8 +84,7 @@ def stream(
         stop: called with a row's number and its new token; true ends the row behind that token.
     """
     _check(model, prompts, max_new_tokens, eot_token)
-    if dtype is not None and dtype != model.wte.weight.dtype:
-        model = _cast(model, dtype)
+    model = decoding_copy(model, dtype, len(prompts))
     was_training = model.training
     model.eval()
     try:
@@ -130,14 +129,6 @@ def _check(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, eo
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if eot_token is not None and not 0 <= eot_token < vocab_size:
         raise UserError(f"eot_token {eot_token} is outside the model's vocabulary of {vocab_size}")
-
-
-def _cast(model: GPT, dtype: torch.dtype) -> GPT:
-    """A copy of the model with parameters of another type; buffers (RoPE's angles) keep theirs."""
-    memo: dict[int, object] = {
-        id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in model.parameters()
-    }
-    return copy.deepcopy(model, memo)  # takes the parameters from the memo, tied ones tied
 
 
 class _Decoder:
