@@ -46,6 +46,7 @@ def part(text: str) -> tuple[int, int]:
 def make_parser() -> argparse.ArgumentParser:
     """Options of the default command."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options] | %(prog)s verify DIR | %(prog)s merge DIR",
         description="Turn FineWeb, or text of your own, into GPT-2 token shards. Run it again to continue.",
         epilog="further commands: `verify DIR` re-reads and checks all shards; "
         "`merge DIR` joins what --part made. Each has its own --help.",

@@ -49,9 +49,9 @@ def find_source(addresses: Sequence[str], recorded: dict[str, Any] | None) -> So
 
 def parse_hub(address: str) -> tuple[str, str | None, str] | None:
     """(repository, revision, glob) of "OWNER/NAME" or "hf://datasets/OWNER/NAME[@REVISION][/PATH]"; None for others."""
-    match = re.fullmatch(r"(hf://datasets/)?([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", address)
-    if match is None or (match[1] is None and (match[3] or match[4])):
-        return None
+    match = re.fullmatch(r"(hf://datasets/)?(\w[\w.-]*/\w[\w.-]*)(?:@([^/]+))?(?:/(.+))?", address)
+    if match is None or (match[1] is None and (match[3] or match[4] or kind_of(match[2]))):
+        return None  # with no hf:// before it, anything longer, or named as a file, is a path
     pattern = match[4] or "*"
     if not re.search(r"[*?\[]", pattern) and kind_of(pattern) is None:
         pattern = pattern.rstrip("/") + "/*"  # a folder
