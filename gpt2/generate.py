@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from gpt2.attention import KVCache
 from gpt2.errors import UserError
@@ -38,7 +39,8 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty: of `gpt2.sampling.Sampling`; temperature 0 is greedy.
         eot_token: ends its row, as the row's last token; None: rows end by length only.
         seed: of the draws; row i's depend on the seed and on i.
-        dtype: to compute in, with a copy of the weights in it (of `gpt2.packed`); None: the weights' own.
+        dtype: to compute in, with a copy of the weights in it (of `gpt2.packed`); None: autocast's where it
+            is on, else the weights' own.
         use_cache: keep keys and values instead of computing them anew for every token; the result is the same.
 
     Returns:
@@ -84,12 +86,17 @@ def stream(
         stop: called with a row's number and its new token; true ends the row behind that token.
     """
     _check(model, prompts, max_new_tokens, eot_token)
-    model = decoding_copy(model, dtype, len(prompts))
+    device = model.wte.weight.device
+    if dtype is None and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    dtype = dtype or model.wte.weight.dtype
+    sharded = isinstance(model, FSDPModule)
+    if not sharded:
+        model = decoding_copy(model, dtype, len(prompts))
     was_training = model.training
     model.eval()
     try:
-        device = model.wte.weight.device
-        decoder = _Decoder(model, prompts, max_new_tokens, use_cache)
+        decoder = _Decoder(model, prompts, max_new_tokens, use_cache, dtype)
         generators = row_generators(seed, len(prompts), device)
         seen = None
         if sampling.repetition_penalty != 1:
@@ -98,7 +105,9 @@ def stream(
                 row[torch.tensor(prompt, device=device)] = True
         running = [True] * len(prompts)
         for _ in range(max_new_tokens):
-            logits = decoder.logits()  # (B, V)
+            # The copy needs no casts; of weights that are spread over processes there is none.
+            with torch.autocast(device.type, dtype=dtype, enabled=sharded and dtype != torch.float32):
+                logits = decoder.logits()  # (B, V)
             chosen = choose(filter_logits(logits, sampling, seen), sampling, generators)  # (B,)
             tokens: list[int] = chosen.tolist()
             if not logits.isfinite().all():
@@ -139,7 +148,14 @@ class _Decoder:
     the cache is worthless from there on, and each step passes the last `block_size` tokens through the model.
     """
 
-    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, use_cache: bool):
+    def __init__(
+        self,
+        model: GPT,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        use_cache: bool,
+        dtype: torch.dtype,
+    ):
         self.model = model
         device = model.wte.weight.device
         width = max(map(len, prompts))
@@ -153,7 +169,7 @@ class _Decoder:
         block_size = model.config.block_size
         if use_cache and width <= block_size:
             room = min(block_size, width + max_new_tokens)
-            self.cache = KVCache(model.config, len(prompts), room, device, model.wte.weight.dtype)
+            self.cache = KVCache(model.config, len(prompts), room, device, dtype)
 
     def append(self, tokens: Tensor) -> None:
         """Put one (B,) token behind each row."""

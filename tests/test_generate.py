@@ -89,6 +89,17 @@ def test_bf16_equals_a_model_in_bf16(tmp_path: Path) -> None:
     assert model.wte.weight.dtype == torch.float32
 
 
+def test_autocast_around_it_chooses_the_type() -> None:
+    model = build(**VARIANTS["rope"])
+    expected = generate(model, PROMPTS, max_new_tokens=12, temperature=0, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert generate(model, PROMPTS, max_new_tokens=12, temperature=0) == expected
+        step = stream(model, PROMPTS, Sampling(), max_new_tokens=9)
+        next(step)
+        assert torch.is_autocast_enabled("cpu")  # the caller's, between two tokens too
+        assert not torch.is_inference_mode_enabled()
+
+
 def test_a_seed_repeats_whatever_the_cache_the_company_and_the_generators_elsewhere() -> None:
     model = build(position="rope")
     options: dict[str, Any] = {"max_new_tokens": 20, "top_p": 0.9, "seed": 11}

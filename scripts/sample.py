@@ -1,0 +1,163 @@
+"""Let a model write on, behind a prompt or, where none is given, behind what you type.
+
+python scripts/sample.py -m runs/gpt2 --prompt "Hello, I'm a language model," -n 4
+python scripts/sample.py -m gpt2 -f story.txt --temperature 0.8 --top-p 0.95 --stream
+python scripts/sample.py -m runs/shakespeare-char
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gpt2.distributed import pick_device
+from gpt2.errors import UserError, run_cli
+from gpt2.generate import stream
+from gpt2.huggingface import load_pretrained
+from gpt2.model import GPT
+from gpt2.packed import decoding_copy
+from gpt2.precision import resolve_dtype, set_matmul_precision
+from gpt2.sampling import Sampling
+from gpt2.text_stream import TextStream
+from gpt2.tokenizer import Tokenizer
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("-m", "--model", required=True, help="a run, a checkpoint, a transformers directory, or a name on the Hub")
+    add("--prompt", action="append", metavar="TEXT", help="may be repeated; all are continued at once")
+    add("-f", "--file", type=Path, help="read the prompt from a file (- for standard input)")
+    add("-n", "--num-samples", type=int, default=1, help="texts a prompt [1]")
+    add("--max-new-tokens", type=int, default=64, help="[64]")
+    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token [1.0]")
+    add("--top-k", type=int, help="only the k likeliest tokens [all]")
+    add("--top-p", type=float, help="only the likeliest tokens that together have probability p [all]")
+    add("--min-p", type=float, help="only tokens at least so many times as likely as the likeliest [all]")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: tokens already in the text get rarer [1.0]")
+    add("--seed", type=int, default=0, help="the same seed gives the same texts [0]")
+    add("--stream", action="store_true", help="show the text while it is written; one text only")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--device", default="auto", help="auto, cuda, mps or cpu [auto]")
+    add("--dtype", default="auto", choices=["auto", "bf16", "tf32", "fp32"], help="[auto]")
+    args = parser.parse_args(argv)
+    if args.num_samples < 1:
+        raise UserError(f"--num-samples is {args.num_samples}; it must be at least 1")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
+    if args.prompt and args.file:
+        raise UserError("give --prompt or --file, not both")
+    if args.stream and args.num_samples * len(args.prompt or [""]) > 1:
+        raise UserError("--stream shows one text; leave out -n, give one --prompt")
+    if "" in args.stop:
+        raise UserError("--stop is empty, which every text begins with; give the text to stop at")
+    return args
+
+
+def read_prompt(path: Path) -> str:
+    """A file's text, without the newline editors put at its end."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt from {path}: {error}") from None
+    return text.removesuffix("\n")
+
+
+def write(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, args: argparse.Namespace, live: bool
+) -> list[str]:
+    """Continue each prompt; returns the new texts.
+
+    Args:
+        live: print the first one while it comes.
+    """
+    rows = [tokenizer.encode(prompt) for prompt in prompts]
+    texts = [TextStream(tokenizer, args.stop) for _ in rows]
+
+    def stop(row: int, token: int) -> bool:
+        shown = texts[row].feed(token)
+        if live and row == 0:
+            print(shown, end="", flush=True)
+        return texts[row].stopped
+
+    steps = stream(
+        model,
+        rows,
+        sampling,
+        max_new_tokens=args.max_new_tokens,
+        eot_token=tokenizer.eot_token,
+        seed=args.seed,
+        stop=stop,
+    )
+    for _ in steps:
+        pass
+    for text in texts:
+        rest = text.finish()
+        if live and text is texts[0]:
+            print(rest, flush=True)
+    return [text.text for text in texts]
+
+
+def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
+    """Continue every line that is typed, until the input ends."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("Type a text for the model to continue; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        prompt = line.removesuffix("\n")
+        if not prompt:
+            continue
+        try:
+            print(prompt, end="", flush=True)
+            write(model, tokenizer, [prompt], sampling, args, live=True)
+        except UserError as error:  # such as a character the model does not know: the next line may do better
+            print(f"\nerror: {error}", file=sys.stderr)
+
+
+def main() -> int:
+    """Sample as the command line says."""
+    args = parse(sys.argv[1:])
+    sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
+    prompts = [read_prompt(args.file)] if args.file else args.prompt
+    if prompts is not None and "" in prompts:
+        raise UserError("the prompt is empty; give at least one character to continue")
+    device = pick_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    set_matmul_precision(dtype)
+    model, tokenizer = load_pretrained(args.model, device)
+    count = args.num_samples * len(prompts or [""])
+    model = decoding_copy(model, torch.bfloat16 if dtype == "bf16" else torch.float32, count)
+
+    if prompts is None:
+        converse(model, tokenizer, sampling, args)
+        return 0
+    wanted = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    if args.stream:
+        print(wanted[0], end="", flush=True)
+        write(model, tokenizer, wanted, sampling, args, live=True)
+        return 0
+    for number, (prompt, text) in enumerate(
+        zip(wanted, write(model, tokenizer, wanted, sampling, args, live=False), strict=True)
+    ):
+        if len(wanted) > 1:
+            width = math.ceil(math.log10(len(wanted) + 1))
+            print(f"--- {number + 1:>{width}} of {len(wanted)} ---")
+        print(prompt + text)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

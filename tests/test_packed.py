@@ -1,0 +1,68 @@
+"""gpt2/packed.py: the copy computes what the model computes, and shares what it can."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gpt2 import packed
+from gpt2.config import ModelConfig
+from gpt2.model import GPT
+from gpt2.packed import PackedLinear, can_pack, decoding_copy
+
+needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch has no oneDNN")
+
+
+def build(**changes: object) -> GPT:
+    config = ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 16, "vocab_size": 70, **changes})  # type: ignore[arg-type]
+    return GPT(config).init_weights(0).eval()
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("packed_for", [1, 8])
+def test_any_number_of_rows_gives_the_plain_layers_result(dtype: torch.dtype, bias: bool, packed_for: int) -> None:
+    if not can_pack(dtype):
+        pytest.skip(f"this CPU does not multiply packed {dtype}")
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 200, bias=bias).to(dtype)
+    layer = PackedLinear(linear, packed_for)
+    for shape in ((1, 96), (8, 96), (3, 96), (2, 5, 96), (64, 96)):
+        x = torch.randn(shape).to(dtype)
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), linear(x))
+
+
+@needs_packing
+@pytest.mark.parametrize("changes", [{}, {"position": "rope", "bias": False}, {"tie_embeddings": False}])
+def test_the_copy_has_the_models_logits(changes: dict[str, object]) -> None:
+    model = build(**changes)
+    fast = decoding_copy(model)
+    assert isinstance(fast.lm_head, PackedLinear)
+    tokens = torch.randint(0, 70, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(tokens), model(tokens))
+        half = decoding_copy(model, torch.bfloat16)(tokens)
+        torch.testing.assert_close(half.float(), model(tokens), atol=0.05, rtol=0.05)
+    assert type(model.lm_head) is nn.Linear  # the model itself is left alone
+    assert fast.wte.weight is model.wte.weight
+    assert decoding_copy(fast) is fast
+
+
+def test_angles_stay_precise_in_a_bf16_copy() -> None:
+    fast = decoding_copy(build(position="rope"), torch.bfloat16)
+    assert fast.rotary_cos.dtype == torch.float32
+    assert fast.wte.weight.dtype == torch.bfloat16
+
+
+def test_without_the_operators_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "can_pack", lambda dtype: False)
+    model = build()
+    assert decoding_copy(model) is model
+    copy = decoding_copy(model, torch.bfloat16)
+    assert type(copy.lm_head) is nn.Linear
+    assert copy.lm_head.weight is copy.wte.weight
+    assert copy.lm_head.weight.dtype == torch.bfloat16
+    assert model.lm_head.weight.dtype == torch.float32
