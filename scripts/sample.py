@@ -55,6 +55,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
     if args.prompt and args.file:
         raise UserError("give --prompt or --file, not both")
+    if args.num_samples > 1 and not (args.prompt or args.file):
+        raise UserError(f"--num-samples {args.num_samples} needs a --prompt or a --file; a conversation has one answer")
     if args.stream and args.num_samples * len(args.prompt or [""]) > 1:
         raise UserError("--stream shows one text; leave out -n, give one --prompt")
     if "" in args.stop:
