@@ -126,7 +126,7 @@ class Assembler:
         if self._stop is not None:
             return
         self._close_document(0)
-        if self.total == 0:
+        if self.total == 0 and self.manifest.part is None:
             raise UserError("the source holds no text; look at its files and their 'text' columns")
         if self.manifest.part is None and self._index <= 1 and (self._index == 0 or self._writer is None):
             raise UserError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import glob
+import itertools
 import logging
 import os
 import random
@@ -17,7 +18,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -145,9 +146,9 @@ class Fetcher:
         with contextlib.suppress(OSError):
             self._scratch.rmdir()  # where nothing is left in it
 
-    def start(self, indices: Sequence[int]) -> None:
+    def start(self, indices: Iterable[int]) -> None:
         """Begin to fetch the first few files of `indices` that are not under way."""
-        for index in indices[: self._ahead]:
+        for index in itertools.islice(indices, self._ahead):
             if index not in self._fetched:
                 future: Future[tuple[Path, int]] = Future()
                 self._fetched[index] = future

@@ -89,7 +89,7 @@ class Units:
         self._files = deque(n for n in files_of_part(source, part) if n >= start.file)
         self._ready: deque[Unit] = deque()
         self._begins = list(itertools.accumulate((f.size for f in source.files), initial=0))
-        fetcher.start(list(self._files))
+        fetcher.start(self._files)
 
     def available(self) -> bool:
         """Whether `next` returns at once: a unit, or that there is none left."""
@@ -104,7 +104,7 @@ class Units:
             except UserError as error:
                 raise FileProblem(number, str(error)) from error
             self._files.popleft()
-            self._fetcher.start(list(self._files))
+            self._fetcher.start(self._files)
             units = units_of_file(self._source, number, count, self._part)
             if number == self._start.file:
                 units = range(max(units.start, self._start.unit), max(units.stop, self._start.unit))
@@ -170,13 +170,15 @@ class Workers:
             return future.result()
         except UserError as error:
             raise FileProblem(unit.place.file, str(error)) from error
-        except BrokenProcessPool as error:
+        except OSError as error:  # workers only read
+            raise FileProblem(unit.place.file, f"cannot read {unit.path}: {error.strerror or error}") from error
+        except (BrokenProcessPool, MemoryError) as error:
             raise _worker_died() from error
 
 
 def _worker_died() -> UserError:
     return UserError(
-        "a worker process died, perhaps for lack of memory; run the same command again, with fewer --workers if so: "
+        "a worker process died or ran out of memory; run the same command again, with fewer --workers if so: "
         "finished shards are kept"
     )
 

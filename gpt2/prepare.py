@@ -94,6 +94,9 @@ def prepare(request: Request, say: Callable[[str], None]) -> Manifest:
         request.directory.mkdir(parents=True, exist_ok=True)
         with _only_one(request.manifest_path):
             return _prepare(request, say)
+    except KeyboardInterrupt:
+        say("interrupted; finished shards are kept, and the same command continues")
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"disk full in {request.directory}; make room and run the same command again") from error

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,14 +107,16 @@ class ShardWriter:
         self._expected = expected_tokens
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._hash = hashlib.sha256()
+        header = _header_bytes(path.suffix, expected_tokens, self._dtype)
         self._file = open(self._temporary, "wb+")  # noqa: SIM115 (closed by __exit__)
-        self._write(_header_bytes(path.suffix, expected_tokens, self._dtype))
+        self._write(header)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk says so again
+            self._file.close()
         with contextlib.suppress(FileNotFoundError):
             self._temporary.unlink()
 
@@ -124,11 +127,12 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Give the shard its name. `tokens` and `sha256` hold for the finished file."""
-        if self.tokens != self._expected:
-            self._file.seek(0)
-            self._file.write(_header_bytes(self.path.suffix, self.tokens, self._dtype))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _full_disk_told(self.path):
+            if self.tokens != self._expected:
+                self._file.seek(0)
+                self._file.write(_header_bytes(self.path.suffix, self.tokens, self._dtype))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if self.tokens != self._expected:
             self._file.seek(0)
             self._hash = _hash_file(self._file)
@@ -138,16 +142,21 @@ class ShardWriter:
         sync_directory(self.path.parent)
 
     def _write(self, data: Any) -> None:
-        try:
+        with _full_disk_told(self.path):
             self._file.write(data)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"disk full while writing {self.path}; make room and run the same command again: "
-                "finished shards are kept"
-            ) from error
         self._hash.update(data)
+
+
+@contextlib.contextmanager
+def _full_disk_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"disk full while writing {path}; make room and run the same command again: finished shards are kept"
+        ) from error
 
 
 def _hash_file(file: Any) -> Any:

@@ -149,8 +149,12 @@ def merge_parts(directory: Path) -> Manifest:
     for entry in shards:
         if read_header(directory / entry.file).tokens != entry.tokens:
             raise UserError(f"{entry.file} is not what its part's manifest says; run that part again")
-    if not any(entry.split == "train" for entry in shards):
-        raise UserError(f"{directory}: all tokens went into validation; make it again with a smaller --val-tokens")
+    for split in ("val", "train"):
+        if not any(entry.split == split for entry in shards):
+            raise UserError(
+                f"{directory} would have no {split} shard: validation is the beginning of part 1, in whole documents; "
+                "make it again in fewer parts, or with another --val-tokens"
+            )
     merged = replace(first, part=None, shards=shards, complete=True, seconds=sum(part.seconds for part in parts))
     save_manifest(directory / MANIFEST_NAME, merged)
     return merged

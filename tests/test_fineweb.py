@@ -138,9 +138,10 @@ def test_interrupt_ends_it_and_it_continues(tmp_path):
     while not list((tmp_path / "out").glob("*_000002.npy")) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    printed, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in error
+    assert "the same command continues" in printed
     assert run(*command)[0] == 0
     assert len(open_dataset(tmp_path / "out").train) + len(open_dataset(tmp_path / "out").val) == len(stream(texts))
 

@@ -189,6 +189,18 @@ def test_parts_merge_into_the_whole(tmp_path):
         prepare(request(out, source), lambda line: None)
 
 
+def test_more_parts_than_units(tmp_path):
+    source = write_parquet(tmp_path / "source", documents(12), files=1, rows=6)
+    out = tmp_path / "out"
+    for number in range(1, 5):
+        prepare(request(out, source, part=Part(number, 4), val_tokens=10), lambda line: None)
+    assert [len(load_manifest(p).shards) > 0 for p in sorted(out.glob("manifest.part*"))].count(True) == 2
+    assert not list(out.glob("*_val_*"))  # the first row group's middle is in part 2
+    with pytest.raises(UserError, match="would have no val shard"):
+        merge_parts(out)
+    assert prepare(request(tmp_path / "two", source, part=Part(1, 2), val_tokens=10), lambda line: None).complete
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "text"])
 def test_every_unit_is_in_one_part(kind):
     generator = np.random.default_rng(7)
@@ -308,6 +320,14 @@ def test_worker_that_dies_is_told_and_what_is_finished_stays(tmp_path, monkeypat
     monkeypatch.undo()
     assert load_manifest(tmp_path / "out" / MANIFEST_NAME).complete is False
     assert prepare(request(tmp_path / "out", source), lambda line: None).complete
+
+
+def test_source_that_vanishes_is_told(tmp_path, monkeypatch):
+    source = write_parquet(tmp_path / "source", documents(9))
+    made = request(tmp_path / "out", source, val_tokens=10)
+    monkeypatch.setattr("gpt2.hub.count_units", lambda path, kind: path.unlink() or 1)
+    with pytest.raises(UserError, match=r"00\d\.parquet.*replace the file"):
+        prepare(made, lambda line: None)
 
 
 def _die(path, kind, unit):
