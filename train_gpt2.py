@@ -38,7 +38,7 @@ from gpt2.guards import MAX_SKIPS_IN_A_ROW, StepGuard, StopSignals, lock_run
 from gpt2.hang import HangWatch, enable_flight_recorder
 from gpt2.hardware import device_name, environment
 from gpt2.hellaswag import evaluate as evaluate_hellaswag
-from gpt2.hellaswag_data import Example, load_examples
+from gpt2.hellaswag_data import Example, load_examples, spread
 from gpt2.loader import Blocks, Loader
 from gpt2.metrics import EndReason, Metrics, Phase
 from gpt2.model import GPT
@@ -115,7 +115,7 @@ class Run:
         self.examples = self.hellaswag_examples()
         if world.is_main:
             own = start is not None and is_own(start, self.directory)
-            self.open_outputs(training["metrics_position"] if own else None)
+            self.open_outputs(training["metrics_position"] if own else 0)
 
     def open_data(self, config: Config) -> None:
         """Open the data set, the same one in every process."""
@@ -211,7 +211,7 @@ class Run:
                 f"{'hang':<11}if a process keeps the others waiting, {self.watch.directory} will tell where it was"
             )
 
-    def open_outputs(self, metrics_position: int | None) -> None:
+    def open_outputs(self, metrics_position: int) -> None:
         """Open what rank 0 writes to."""
         self.metrics = Metrics(
             self.directory,
@@ -243,7 +243,7 @@ class Run:
             self.say(f"HellaSwag is left out: it needs GPT-2's tokens, and these are of {self.tokenizer.name!r}")
             return ()
         try:
-            return load_examples(self.config.run.hellaswag_data, world=self.world)[:limit]
+            return spread(load_examples(self.config.run.hellaswag_data, world=self.world), limit)
         except UserError as error:
             if self.config.run.hellaswag_data is not None:
                 raise
