@@ -1,0 +1,290 @@
+"""Tokens a second from parquet to finished shards: this pipeline against build-nanogpt's loop, and against the limit.
+
+The limit is one core that tokenizes text already in memory, times the number of workers. The baseline is written here
+as build-nanogpt writes it: `Pool.imap` over the rows of a `datasets` data set, one task a document, the parent filling
+the shard. It is given a data set whose Arrow files are ready, which `load_dataset` would first have to make.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2.errors import UserError
+
+_SHARD_TOKENS = 10_000_000
+_IN_MEMORY_BYTES = 8_000_000  # of text for the limit
+_MIB = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    parser.add_argument("--source", nargs="+", metavar="PATH", help="parquet files [Python's own documentation]")
+    parser.add_argument("--megabytes", type=int, default=400, help="text to tokenize; the source is repeated to it")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes on each side")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; the sides take turns in each")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print the table, return medians, spread and ratios."""
+    from gpt2.tokenizer import gpt2_tokenizer
+
+    encoders = ["tiktoken"]
+    if gpt2_tokenizer().fast_encoder()[1] == "riptoken":
+        encoders.append("riptoken")
+    with tempfile.TemporaryDirectory(prefix="bench-tokenize-") as name:
+        scratch = Path(name)
+        sources, text_bytes = _write_source(args, scratch / "source")
+        arrow = scratch / "arrow"
+        _in_fresh_process(_prepare_arrow, sources, arrow)
+        sides: dict[str, Callable[[], dict[str, float]]] = {}
+        for encoder in encoders:
+            sides[f"limit {encoder}"] = partial(_in_fresh_process, _one_core, sources, encoder)
+            sides[f"ours {encoder}"] = partial(
+                _in_fresh_process, _ours, sources, scratch / "ours", args.workers, encoder
+            )
+        sides["baseline"] = partial(_in_fresh_process, _baseline, sources, arrow, scratch / "baseline", args.workers)
+        measured: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+        for _ in range(args.repeats):
+            for side, measure in sides.items():
+                measured[side].append(measure())
+    return _summary(args, encoders, measured, text_bytes)
+
+
+def _summary(
+    args: argparse.Namespace, encoders: list[str], measured: dict[str, list[dict[str, float]]], text_bytes: int
+) -> dict[str, Any]:
+    rates = {side: [m["tokens"] / m["seconds"] / 1e6 for m in rounds] for side, rounds in measured.items()}
+    result: dict[str, Any] = {
+        "configuration": {"workers": args.workers, "repeats": args.repeats, "text_bytes": text_bytes},
+        "sides": {},
+        "ratios": {},
+    }
+    print(f"{args.workers} workers, {text_bytes / 1e6:.0f} MB of text, {args.repeats} rounds")
+    print(f"{'':<17}{'M tokens a second':>26}{'processor':>12}{'parent':>11}{'peak MiB':>16}")
+    print(f"{'':<17}{'median':>10}{'low':>8}{'high':>8}{'ns/token':>12}{'ns/token':>11}{'parent':>9}{'worker':>7}")
+    for side, rounds in measured.items():
+        summary = {
+            "tokens": rounds[0]["tokens"],
+            "median": statistics.median(rates[side]),
+            "low": min(rates[side]),
+            "high": max(rates[side]),
+            "cpu_ns_per_token": statistics.median(m["cpu"] / m["tokens"] * 1e9 for m in rounds),
+            "parent_cpu_ns_per_token": statistics.median(m["parent_cpu"] / m["tokens"] * 1e9 for m in rounds),
+            "parent_bytes": max(m["parent_bytes"] for m in rounds),
+            "worker_bytes": max(m["worker_bytes"] for m in rounds),
+        }
+        result["sides"][side] = summary
+        line = f"{side:<17}{summary['median']:>10.2f}{summary['low']:>8.2f}{summary['high']:>8.2f}"
+        line += f"{summary['cpu_ns_per_token']:>12.0f}"
+        if not side.startswith("limit"):
+            line += f"{summary['parent_cpu_ns_per_token']:>11.1f}"
+            line += f"{summary['parent_bytes'] / _MIB:>9.0f}{summary['worker_bytes'] / _MIB:>7.0f}"
+        print(line)
+    for encoder in encoders:
+        ours, limit = f"ours {encoder}", f"limit {encoder}"
+        # Ratios within a round, so that what else the machine does meanwhile weighs on both sides. Processor time
+        # weighs the sides without that: what the speed comes to on cores that do nothing else.
+        ratios = {
+            "of the limit": [o / (args.workers * c) for o, c in zip(rates[ours], rates[limit], strict=True)],
+            "of the baseline": [o / b for o, b in zip(rates[ours], rates["baseline"], strict=True)],
+            "of the limit by processor time": _cpu_ratios(measured[limit], measured[ours]),
+            "of the baseline by processor time": _cpu_ratios(measured["baseline"], measured[ours]),
+        }
+        for what, values in ratios.items():
+            median = statistics.median(values)
+            result["ratios"][f"{encoder} {what}"] = {"median": median, "rounds": values}
+            print(f"ours with {encoder}: {median:.2f} {what}  ({min(values):.2f} to {max(values):.2f})")
+    return result
+
+
+def _cpu_ratios(others: list[dict[str, float]], ours: list[dict[str, float]]) -> list[float]:
+    return [(b["cpu"] / b["tokens"]) / (o["cpu"] / o["tokens"]) for b, o in zip(others, ours, strict=True)]
+
+
+def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in a new interpreter, so that neither this one's imports nor another side's memory are counted with it."""
+    scripts = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.tokenize", json.dumps([function.__name__, *arguments], default=str)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([scripts, os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        raise UserError(f"{function.__name__} failed with code {done.returncode}; what it said is above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _write_source(args: argparse.Namespace, directory: Path) -> tuple[list[str], int]:
+    """Parquet files with about the text that was asked for, in row groups of 1,000 documents."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    directory.mkdir()
+    if args.source:
+        tables = [pq.read_table(path, columns=["text"]) for path in args.source]
+    else:
+        tables = [pa.table({"text": _documentation()})]
+    sizes = [sum(len(text.encode()) for text in table["text"].to_pylist() if text) for table in tables]
+    paths: list[str] = []
+    total = 0
+    while total < args.megabytes * 1e6:
+        number = len(paths) % len(tables)
+        path = directory / f"{len(paths):05d}.parquet"
+        pq.write_table(tables[number], path, row_group_size=1000, compression="zstd")
+        total += sizes[number]
+        paths.append(str(path))
+    return paths, total
+
+
+def _documentation() -> list[str]:
+    """Docstrings of the standard library, several to a document of a few thousand characters."""
+    import sysconfig
+
+    library = Path(sysconfig.get_paths()["stdlib"])
+    text = "\n\n".join(p.read_text("utf-8", "replace") for p in sorted(library.glob("*.py")))
+    return [text[i : i + 4000] for i in range(0, len(text), 4000)]
+
+
+def _one_core(sources: list[str], encoder: str) -> dict[str, float]:
+    """One process that tokenizes documents in memory and drops the ids."""
+    import pyarrow.parquet as pq
+
+    from gpt2.tokenizer import gpt2_tokenizer
+
+    texts: list[str] = []
+    for path in sources:
+        texts += pq.read_table(path, columns=["text"])["text"].to_pylist()
+        if sum(map(len, texts)) > _IN_MEMORY_BYTES:
+            break
+    tokenizer = gpt2_tokenizer()
+    encode = tokenizer.fast_encoder()[0] if encoder == "riptoken" else tokenizer.encode_array
+    usage = _Usage()
+    return usage.result(sum(len(encode(text)) for text in texts))
+
+
+def _ours(sources: list[str], directory: str, workers: int, encoder: str) -> dict[str, float]:
+    """The pipeline as `data/fineweb.py` calls it, worker processes' start included."""
+    from gpt2.prepare import Request, prepare
+    from gpt2.sources import local_source
+
+    out = Path(directory)
+    shutil.rmtree(out, ignore_errors=True)
+    usage = _Usage()
+    request = Request(
+        directory=out,
+        name="bench",
+        source=local_source(sources),
+        tokenizer="gpt2",
+        suffix=".npy",
+        shard_tokens=_SHARD_TOKENS,
+        val_tokens=1,  # one document
+        max_tokens=None,
+        workers=workers,
+        part=None,
+        fastest=encoder == "riptoken",
+    )
+    manifest = prepare(request, lambda line: None)
+    return usage.result(sum(entry.tokens for entry in manifest.shards))
+
+
+def _prepare_arrow(sources: list[str], cache: str) -> None:
+    _load_rows(sources, cache)
+
+
+def _load_rows(sources: list[str], cache: str) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.load_dataset("parquet", data_files=sources, split="train", cache_dir=cache)
+
+
+_encoding: Any = None
+
+
+def _start_baseline() -> None:
+    global _encoding
+    from gpt2.tokenizer import gpt2_tokenizer
+
+    _encoding = gpt2_tokenizer()
+
+
+def _tokenize_row(row: dict[str, str]) -> np.ndarray:
+    tokens = np.array([_encoding.eot_token, *_encoding.encode(row["text"])])
+    assert (tokens >= 0).all()
+    assert (tokens < 2**16).all()
+    return tokens.astype(np.uint16)
+
+
+def _baseline(sources: list[str], arrow: str, directory: str, workers: int) -> dict[str, float]:
+    """build-nanogpt's loop: a task a document, the parent copies documents into the shard."""
+    out = Path(directory)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    rows = _load_rows(sources, arrow)
+    usage = _Usage()
+    shard = np.empty(_SHARD_TOKENS, np.uint16)
+    filled = shards = total = 0
+    with multiprocessing.get_context("fork").Pool(workers, initializer=_start_baseline) as pool:
+        for tokens in pool.imap(_tokenize_row, rows, chunksize=16):
+            total += len(tokens)
+            while len(tokens):
+                count = min(_SHARD_TOKENS - filled, len(tokens))
+                shard[filled : filled + count] = tokens[:count]
+                tokens, filled = tokens[count:], filled + count
+                if filled == _SHARD_TOKENS:
+                    np.save(out / f"bench_{shards:06d}.npy", shard)
+                    shards, filled = shards + 1, 0
+        pool.close()
+        pool.join()  # so that the workers' memory is counted
+    if filled:
+        np.save(out / f"bench_{shards:06d}.npy", shard[:filled])
+    return usage.result(total)
+
+
+class _Usage:
+    """Time, processor time and peak memory of this process and its finished children from here on."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._own = time.process_time()
+        self._children = _children_seconds()
+
+    def result(self, tokens: int) -> dict[str, float]:
+        """Seconds since the start; memory in bytes."""
+        unit = 1 if os.uname().sysname == "Darwin" else 1024  # ru_maxrss is in bytes there, else in KiB
+        own = time.process_time() - self._own
+        return {
+            "tokens": tokens,
+            "seconds": time.perf_counter() - self._start,
+            "parent_cpu": own,
+            "cpu": own + _children_seconds() - self._children,
+            "parent_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            "worker_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit,
+        }
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":  # one side, called by `_in_fresh_process`
+    _name, *_arguments = json.loads(sys.argv[1])
+    print(json.dumps(globals()[_name](*_arguments)))

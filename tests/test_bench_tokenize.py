@@ -1,0 +1,28 @@
+"""The tokenizing benchmark end to end on a little text: every side does the same work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_sides_tokenize_the_same_text(tmp_path):
+    pytest.importorskip("datasets")
+    report = tmp_path / "result.json"
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "tokenize", "--megabytes", "4", "--repeats", "1"]
+    done = subprocess.run([*command, "--workers", "2", "--json", str(report)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    tokens = {side: values["tokens"] for side, values in result["sides"].items() if not side.startswith("limit")}
+    assert len(set(tokens.values())) == 1, tokens
+    assert all(values["median"] > 0 for values in result["sides"].values())
+    assert result["ratios"]["tiktoken of the baseline by processor time"]["median"] > 1
+    for side in tokens:
+        assert side in done.stdout
