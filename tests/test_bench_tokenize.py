@@ -23,6 +23,5 @@ def test_sides_tokenize_the_same_text(tmp_path):
     tokens = {side: values["tokens"] for side, values in result["sides"].items() if not side.startswith("limit")}
     assert len(set(tokens.values())) == 1, tokens
     assert all(values["median"] > 0 for values in result["sides"].values())
-    assert result["ratios"]["tiktoken of the baseline by processor time"]["median"] > 1
     for side in tokens:
         assert side in done.stdout
