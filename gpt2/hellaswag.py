@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.distributed import World
+from gpt2.distributed import World, whole
 from gpt2.errors import UserError
 from gpt2.hellaswag_data import ENDINGS, Example
 from gpt2.hellaswag_rows import Convention, Row, Rows, make_rows, pack, plan
@@ -99,9 +99,7 @@ class Head:
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, chunk: int):
-        weight = model.lm_head.weight.detach()
-        if hasattr(weight, "full_tensor"):  # sharded by FSDP2
-            weight = weight.full_tensor()
+        weight = whole(model.lm_head.weight.detach())
         self.vocab_size = model.config.vocab_size
         self.cap = model.config.logit_softcap
         self.chunk = chunk

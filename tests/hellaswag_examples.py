@@ -66,6 +66,8 @@ def make_examples(n: int, seed: int = 0) -> tuple[Example, ...]:
         ctx_a, ctx_b = text(3, 30) + ".", draw.choice(["", "he", "the lady"])
         if i % 3 == 0:
             ctx_a = f"[header] How to {ctx_a} [title] {text(2, 5)} [step] {text(2, 9)}."
+        if i % 3 == 1:
+            ctx_a, ctx_b = f"{ctx_a} [step]", ""  # leaves a space at the end once it is deleted
         endings = tuple(draw.choice(["", "", "[substeps] "]) + text(1, 20) + draw.choice([".", ""]) for _ in range(4))
         examples.append(Example(i, text(1, 3), ctx_a, ctx_b, f"{ctx_a} {ctx_b}".rstrip(), endings, draw.randrange(4)))
     return tuple(examples)

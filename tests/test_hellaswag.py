@@ -18,8 +18,8 @@ from hellaswag_examples import SHAPES, make_examples, make_model, naive_log_prob
 from torch import Tensor
 
 import gpt2.hellaswag_data
-from gpt2.config import ModelConfig
-from gpt2.distributed import World, world
+from gpt2.config import ModelConfig, RunConfig
+from gpt2.distributed import World, parallelize, world
 from gpt2.errors import UserError
 from gpt2.hellaswag import Head, Result, evaluate
 from gpt2.hellaswag_data import Example, load_examples
@@ -145,6 +145,10 @@ def _evaluate_in_process(rank: int, size: int, port: int, examples: tuple[Exampl
         model = make_model(SHAPES["gpt2"])
         model.h[0].register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
         result = evaluate(model, loaded, gpt2_tokenizer(), world=this, token_budget=300)
+        sharded = parallelize(make_model(SHAPES["gpt2"]), RunConfig(parallel="fsdp", compile=False), this, "fp32", 1)
+        for _ in range(2):  # FSDP leaves the root gathered after the first
+            again = evaluate(sharded, loaded, gpt2_tokenizer(), world=this, token_budget=300)
+            np.testing.assert_allclose(again.log_probs, result.log_probs, rtol=0, atol=TOLERANCE)
     torch.save((result.log_probs, result.acc, result.acc_norm, result.scored, shapes, failure), out / f"{rank}.pt")
 
 

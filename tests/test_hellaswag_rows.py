@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,16 @@ def test_conventions_render_as_their_sources_do() -> None:
     assert context == WIKIHOW.ctx
     assert endings == [" " + ending for ending in WIKIHOW.endings]
 
-    # "  " becomes " " once, from the left, so four spaces leave two; the space at the context's end moves.
+    # "  " becomes " " once, from the left, so four spaces leave two.
     context, endings = render(WIKIHOW, "harness")
     assert context == "Home and Garden: How to paint. Buy paint. Choose a color."
     assert endings == ["  Ask a friend.", " Go home.", " no spaces  here", "  "]
+
+
+def test_white_space_at_the_contexts_end_moves_to_the_endings() -> None:
+    context, endings = render(replace(WIKIHOW, ctx_a="Choose a color. [step]"), "harness")
+    assert context == "Home and Garden: Choose a color."
+    assert endings[1:] == ["  Go home.", "  no spaces  here", "   "]
 
 
 @needs_real
