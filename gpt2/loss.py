@@ -152,7 +152,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 target_grad = torch.expm1(log_probs)  # p - 1 without cancellation, in fp32
                 if cap is not None:
                     target_grad *= 1 - torch.tanh(target_logits / cap).square()
-                grad.scatter_(1, index, target_grad.to(dtype))
+                each = torch.arange(grad.size(0), device=grad.device)
+                grad[each, index[:, 0]] = target_grad[:, 0].to(dtype)  # scatter_ would copy all of it on a CPU
                 hidden_grad[rows] = (grad @ w).masked_fill_(ignored, 0)
                 weight_grad += grad.t() @ h
         if needs_gradient:
