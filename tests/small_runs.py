@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -90,15 +91,22 @@ def train(config: Config, stop_after: int | None = None, prepare: Callable[[Run]
     return run
 
 
-def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Lines of a kind in a run's metrics file."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
+def records(run: Path, kind: str = "train", restarts: int = 0) -> list[dict[str, Any]]:
+    """Whole lines of a kind in a run's metrics file, from so many restarts on; none if there is no file yet."""
+    if not (run / "metrics.jsonl").exists():
+        return []
+    found: list[dict[str, Any]] = []
+    for text in (run / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # torn by a kill
+            found.append(json.loads(text))
+    starts = [i for i, line in enumerate(found) if line["kind"] == "run_start"]
+    first = starts[restarts] if restarts < len(starts) else len(found)
+    return [line for line in found[first:] if line["kind"] == kind]
 
 
-def losses(run: Path) -> dict[int, float]:
+def losses(run: Path, kind: str = "train") -> dict[int, float]:
     """The loss of each step; of a repeated one the last."""
-    return {line["step"]: line["loss"] for line in records(run)}
+    return {line["step"]: line["loss"] for line in records(run, kind)}
 
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:

@@ -85,7 +85,7 @@ def test_every_checkpoint_damaged(char_data: Path, tmp_path: Path) -> None:
     train(config)
     for path in list_checkpoints(tmp_path / "checkpoints"):
         (path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         train(config)
 
 
