@@ -106,7 +106,8 @@ def tokenize(args: argparse.Namespace) -> int:
     from gpt2.hub import find_source
     from gpt2.manifest import load_manifest
     from gpt2.pipeline import Part
-    from gpt2.prepare import Request, manifest_path, prepare
+    from gpt2.prepare import prepare
+    from gpt2.request import Request, manifest_path
 
     if args.source is not None:
         if args.out is None:

@@ -15,7 +15,8 @@ import pytest
 from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST_NAME, load_manifest
 from gpt2.pipeline import Part, files_of_part, units_of_file
-from gpt2.prepare import Request, prepare
+from gpt2.prepare import prepare
+from gpt2.request import Request
 from gpt2.shards import open_dataset
 from gpt2.sources import Source, SourceFile, local_source
 from gpt2.tokenizer import gpt2_tokenizer

@@ -181,7 +181,8 @@ def _one_core(sources: list[str], encoder: str) -> dict[str, float]:
 
 def _ours(sources: list[str], directory: str, workers: int, encoder: str) -> dict[str, float]:
     """The pipeline as `data/fineweb.py` calls it, worker processes' start included."""
-    from gpt2.prepare import Request, prepare
+    from gpt2.prepare import prepare
+    from gpt2.request import Request
     from gpt2.sources import local_source
 
     out = Path(directory)
