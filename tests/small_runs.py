@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,23 +141,60 @@ def command(script: Path, words: list[str], processes: int = 0, torchrun: tuple[
     return [*launcher, *torchrun, str(script), *words]
 
 
-def start(script: Path, words: list[str], processes: int = 0, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start a script whose output can be read together."""
-    return subprocess.Popen(
-        command(script, words, processes, torchrun),
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+class Started:
+    """A script that runs beside the test, its output in a file: a pipe nobody reads would fill up and stop it."""
+
+    def __init__(self, script: Path, words: list[str], processes: int = 0, torchrun: tuple[str, ...] = ()):
+        self._output = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command(script, words, processes, torchrun),
+            cwd=ROOT,
+            env=environment(),
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._output.close()
+
+    def output(self) -> str:
+        """Everything it has printed so far."""
+        self._output.seek(0)
+        return self._output.read()
+
+    def finish(self, seconds: float = 240) -> tuple[int, str]:
+        """Wait for its end; returns its exit code and everything it printed."""
+        try:
+            code = self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s: {self.output()}") from None
+        return code, self.output()
+
+    def until(self, condition: Callable[[], object], seconds: float = 120) -> bool:
+        """Wait until something is so; False if the process ended first."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            if self.process.poll() is not None:
+                return False
+            time.sleep(0.001)
+        raise AssertionError(f"waited in vain: {self.output()}")
+
+    def workers(self) -> list[int]:
+        """Process ids of torchrun's workers, in the order of their start."""
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            return [int(child) for child in children]
+        return []
 
 
 def finish(script: Path, words: list[str], processes: int = 0, torchrun: tuple[str, ...] = ()) -> tuple[int, str]:
     """Run a script to its end; returns its exit code and everything it printed."""
-    process = start(script, words, processes, torchrun)
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    return process.returncode, output
+    with Started(script, words, processes, torchrun) as started:
+        return started.finish()
