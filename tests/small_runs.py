@@ -145,7 +145,7 @@ class Started:
     """A script that runs beside the test, its output in a file: a pipe nobody reads would fill up and stop it."""
 
     def __init__(self, script: Path, words: list[str], processes: int = 0, torchrun: tuple[str, ...] = ()):
-        self._output = tempfile.TemporaryFile("w+")
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed by __exit__
         self.process = subprocess.Popen(
             command(script, words, processes, torchrun),
             cwd=ROOT,

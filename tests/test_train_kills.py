@@ -10,15 +10,16 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import Started, (
+from small_runs import (
     ALONE,
     ROOT,
+    Started,
     assert_same_bits,
     environment,
     finish,
@@ -27,7 +28,6 @@ from small_runs import Started, (
     records,
     saved,
     small,
-    start,
     train,
 )
 
