@@ -160,15 +160,15 @@ def verify(directory: Path) -> int:
     from gpt2.verify import check_foreign, check_manifest, manifests_of
 
     manifests = [load_manifest(path) for path in manifests_of(directory)]
-    print(f"{'shard':<40} {'tokens':>13} {'documents':>11} {'largest id':>10}  result")
     faults, shards = [], 0
     if manifests:
-        checks = [check for manifest in manifests for check in [check_manifest(directory, manifest)]]
+        checks = [check_manifest(directory, manifest) for manifest in manifests]
     else:
         dataset = open_dataset(directory)
         gpt2 = dataset.train.dtype.itemsize == 2  # 4-byte ids are of another vocabulary
         limits = (GPT2Tokenizer.n_vocab, GPT2Tokenizer.eot_token) if gpt2 else (None, None)
         checks = [check_foreign(dataset.val.paths + dataset.train.paths, *limits)]
+    print(f"{'shard':<40} {'tokens':>13} {'documents':>11} {'largest id':>10}  result")
     for check in (check for group in checks for check in group):
         shards += 1
         result = check.problem or "ok"

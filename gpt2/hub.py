@@ -8,6 +8,7 @@ the SHA-256 that the Hub has on record.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import glob
 import itertools
@@ -16,6 +17,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -253,18 +255,25 @@ def _with_retries(action: Callable[[], Any], purpose: str) -> Any:
             raise UserError(f"cannot {purpose}: HF_HUB_OFFLINE is set; {_REMEDY}") from error
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
             raise UserError(f"cannot {purpose}: it does not exist, or needs a token (set HF_TOKEN)") from error
-        except OSError as error:
-            if error.errno is not None and error.filename is not None:
-                raise  # the disk, not the network
-            failure: Exception = error
-            status = getattr(getattr(error, "response", None), "status_code", 500)
-            if isinstance(error, HfHubHTTPError) and status < 500 and status not in (408, 429):
-                break  # what the Hub refuses now it will refuse again
-        except Exception as error:  # httpx's errors are no OSError, and of a class that changed
-            if not type(error).__module__.startswith(("httpx", "requests", "urllib3", "hf_xet")):
+        except Exception as error:
+            if not _is_networks(error):
                 raise
             failure = error
+        reason = str(failure).strip().split("\n")[0][:200] or type(failure).__name__
+        status = getattr(getattr(failure, "response", None), "status_code", 500)
+        if isinstance(failure, HfHubHTTPError) and status < 500 and status not in (408, 429):
+            break  # what the Hub refuses now it will refuse again
         if attempt + 1 < _ATTEMPTS:
-            time.sleep(RETRY_SECONDS * 2**attempt * (0.5 + random.random()))
-    reason = str(failure).strip().split("\n")[0][:200] or type(failure).__name__
+            wait = RETRY_SECONDS * 2**attempt * (0.5 + random.random())
+            print(f"could not {purpose} ({reason}); trying again in {wait:.0f} s", file=sys.stderr)
+            time.sleep(wait)
     raise UserError(f"cannot {purpose} ({reason}); {_REMEDY}") from failure
+
+
+def _is_networks(error: Exception) -> bool:
+    """Whether an error is of the network or the Hub, not of the disk or the program."""
+    if isinstance(error, OSError):
+        disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+        return not disk and error.filename is None
+    # httpx's errors are no OSError, and of a class that changed from one version of the Hub's library to the next.
+    return type(error).__module__.startswith(("httpx", "requests", "urllib3", "hf_xet"))

@@ -17,6 +17,7 @@ from gpt2.manifest import MANIFEST_NAME, Manifest, Position, load_manifest, save
 from gpt2.pipeline import Part, Unit, Units, Workers, assemble_units
 from gpt2.progress import TokenProgress
 from gpt2.request import Request, continued_manifest, new_manifest
+from gpt2.shards import make_directory
 from gpt2.sources import FileProblem
 from gpt2.verify import check_manifest
 
@@ -35,8 +36,8 @@ def prepare(request: Request, say: Callable[[str], None]) -> Manifest:
         UserError: the directory holds something else, the source is damaged or gone, the disk is full; what is
             finished by then is kept, and the same call continues.
     """
+    make_directory(request.directory)
     try:
-        request.directory.mkdir(parents=True, exist_ok=True)
         with _only_one(request.manifest_path):
             return _prepare(request, say)
     except KeyboardInterrupt:
@@ -45,7 +46,7 @@ def prepare(request: Request, say: Callable[[str], None]) -> Manifest:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"disk full in {request.directory}; make room and run the same command again") from error
-        if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or error.errno == errno.EROFS:
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise UserError(f"cannot write to {request.directory}: {error.strerror} ({error.filename})") from error
         raise
 

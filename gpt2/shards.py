@@ -232,6 +232,16 @@ def _foreign_paths(directory: Path) -> dict[str, list[Path]]:
     return splits
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory for shards where it is missing. UserError where it cannot be made or written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; choose another --out") from error
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"cannot write to {directory}: permission denied; choose another --out")
+
+
 def write_dataset(
     directory: Path | str,
     train_tokens: np.ndarray | list[int],
@@ -259,7 +269,7 @@ def write_dataset(
         UserError: the directory holds another data set, or a split is empty.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     path = directory / MANIFEST_NAME
     if not path.exists():
         if any(p.suffix in (".npy", ".bin") for p in directory.iterdir()):

@@ -251,10 +251,11 @@ def test_growing_waits_then_one_line(monkeypatch):
     assert len(waits) == 5
 
     def full_disk():
-        raise OSError(28, "No space left on device", "file")
+        raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
         hub._with_retries(full_disk, "fetch it")
+    assert len(waits) == 5
 
     def bug():
         raise ZeroDivisionError
