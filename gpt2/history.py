@@ -16,16 +16,17 @@ from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 
+COUNTS = ("step", "tokens", "val_tokens", "examples")
+"""Fields that are whole numbers wherever they stand."""
+
 NUMBERS: Mapping[str, tuple[str, ...]] = {
-    "run_start": ("time",),
-    "train": ("time", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"),
-    "val": ("time", "tokens", "loss", "val_tokens"),
-    "hellaswag": ("time", "tokens", "acc", "acc_norm", "stderr", "examples"),
-    "sample": ("time", "tokens"),
-    "skip": ("time", "loss", "grad_norm"),
-    "run_end": ("time",),
+    "train": ("tokens", "loss", "lr", "grad_norm", "tokens_per_second"),
+    "val": ("tokens", "loss", "val_tokens"),
+    "hellaswag": ("tokens", "acc", "acc_norm", "stderr", "examples"),
+    "sample": ("tokens",),
+    "skip": ("loss", "grad_norm"),
 }
-"""What a line of each kind must hold as a number; JSON has no NaN or infinity, so those are stored as strings."""
+"""What a line of each kind must hold as a number, beside step and time; NaN and infinities are stored as strings."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def parse_lines(content: bytes) -> Iterator[Line | None]:
 def _parse(offset: int, raw: bytes) -> Line | None:
     try:
         record = json.loads(raw)
-        if type(record["step"]) is not int or not isinstance(record["kind"], str):
+        if not isinstance(record["kind"], str) or any(type(record.get(name, 0)) is not int for name in COUNTS):
             return None
-        for name in NUMBERS.get(record["kind"], ()):
+        for name in ("step", "time", *NUMBERS.get(record["kind"], ())):
             record[name] = record[name] if type(record[name]) is int else float(record[name])
     except (ValueError, KeyError, TypeError):
         return None

@@ -23,6 +23,7 @@ import torch
 from gpt2 import reference
 from gpt2.config import Config
 from gpt2.console import Status, open_console
+from gpt2.errors import UserError
 from gpt2.hardware import environment, memory_bytes, peak_flops
 from gpt2.history import METRICS_FILE, config_difference
 from gpt2.metrics_file import MetricsFile
@@ -69,7 +70,8 @@ class Metrics:
         flops_per_token: forward and backward, for MFU.
         device: of this process; the run's other processes are taken to have the same.
         world_size: processes of the run.
-        start_step: steps finished when this start begins; what was recorded of later steps is superseded.
+        start_step: steps finished when this start begins; what was recorded of later steps is superseded. 0: a new
+            life, which supersedes all there is.
         position: of `position()` when the checkpoint was saved that this start goes on from; None: found from
             start_step, which is the same unless the run once went back to an older checkpoint.
         dataset: name or source of the data set, which chooses the baselines.
@@ -104,11 +106,15 @@ class Metrics:
         self._lock = threading.RLock()
         self._trainer = threading.get_ident()
         self.console = open_console(self.total_steps, start_step)
-        self.file = MetricsFile(run / METRICS_FILE, self.message)
+        try:
+            self.file = MetricsFile(run / METRICS_FILE, self.message)
+        except UserError:
+            self.console.close()  # or the bar would swallow the message
+            raise
         self.closed = False
-        self.last_step = start_step
+        self.last_step = start_step  # logged last
+        self.newest_step = start_step
         self.smoothed: float | None = None
-        self.tokens_per_second: list[float] = []
         self._pace: tuple[float, int] | None = None  # (time, step) of the first logged step: before it, compilation
         self._mark = time.perf_counter()
         self._spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
@@ -198,10 +204,10 @@ class Metrics:
             self.smoothed = loss if self.smoothed is None else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
         memory = memory_bytes(self.device)
         if self._pace is None:
-            self._pace = (now, step)
-            pace = wall / max(step - self.last_step, 1)
+            self._pace, seconds_left = (now, step), None
         else:
             pace = (now - self._pace[0]) / max(step - self._pace[1], 1)
+            seconds_left = pace * (self.total_steps - step)
         self.last_step = step
         self._write(
             "train",
@@ -233,7 +239,7 @@ class Metrics:
                 tokens_per_second=speed,
                 mfu=mfu,
                 memory_bytes=memory,
-                seconds_left=pace * (self.total_steps - step),
+                seconds_left=seconds_left,
                 next_eval=min(every - step % every, self.total_steps - step) if every else None,
                 shares={name: seconds[name] / wall for name in PHASES} if wall > 0 else {},
             )
@@ -278,7 +284,8 @@ class Metrics:
         text = f"HellaSwag {result.acc_norm:.2%} ± {result.acc_norm_stderr:.2%}, {result.examples:,} examples"
         if self.size is not None and result.convention == "completion":
             baseline = reference.GPT2_HELLASWAG[self.size]
-            text += f" | GPT-2 {self.size} {baseline:.2%}: {_distance(result.acc_norm - baseline, '.2%')}"
+            distance = _distance(100 * (result.acc_norm - baseline), ".2f", " points")
+            text += f" | GPT-2 {self.size} {baseline:.2%}: {distance}"
         self._stand_out(step, text)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -319,7 +326,7 @@ class Metrics:
         if self.closed:
             return
         self.closed = True
-        self._write("run_end", self.last_step, {"reason": reason, "seconds": self._seconds(time.perf_counter())})
+        self._write("run_end", self.newest_step, {"reason": reason, "seconds": self._seconds(time.perf_counter())})
         self.console.close()
         self._tell(lambda sink: sink.close(reason))
         self.file.close()
@@ -337,6 +344,7 @@ class Metrics:
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         with self._lock:
+            self.newest_step = max(self.newest_step, step)
             self.file.write({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -355,6 +363,6 @@ class Metrics:
         self.console.say(f"step {step:>{len(str(self.total_steps))}} | {text}", strong=True)
 
 
-def _distance(better_by: float, form: str) -> str:
+def _distance(better_by: float, form: str, unit: str = "") -> str:
     """How far from a baseline: "0.0123 better" or "0.0123 to go"."""
-    return f"{abs(better_by):{form}} better" if better_by >= 0 else f"{-better_by:{form}} to go"
+    return f"{better_by:{form}}{unit} better" if better_by >= 0 else f"{-better_by:{form}}{unit} to go"

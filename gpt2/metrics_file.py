@@ -20,17 +20,21 @@ from gpt2.errors import UserError
 from gpt2.history import live_lines, parse_lines
 
 
-def lock(file: FileIO) -> bool:
+def lock(file: FileIO, *, shared: bool = False) -> bool:
     """Claim an open file until it is closed or its process dies; False if somebody else holds it.
 
     True as well where the system or file system knows no locks.
+
+    Args:
+        file: to claim.
+        shared: not against others who share it: readers, who only ask whether somebody writes.
     """
     try:
         import fcntl  # not on Windows
     except ImportError:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -91,10 +95,13 @@ class MetricsFile:
             content = self.path.read_bytes()
         lines = [line for line in parse_lines(content) if line is not None]
         live = live_lines(lines)
-        end = next((line.offset for line in live if line.record["step"] > start_step), len(content))
         if position is not None:
             end = min(position, len(content))
             live = live_lines([line for line in lines if line.offset < end])
+        elif start_step == 0:
+            end = 0
+        else:
+            end = next((line.offset for line in live if line.record["step"] > start_step), len(content))
         self.kept = [line.record for line in live if line.offset < end]
         return end
 

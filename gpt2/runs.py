@@ -50,8 +50,8 @@ class Run:
     @property
     def config(self) -> Mapping[str, Mapping[str, Any]]:
         """As `Config.to_dict` gave it at the last start."""
-        config: Mapping[str, Mapping[str, Any]] = self.start.get("config", {})
-        return config
+        config = self.start.get("config")
+        return config if isinstance(config, dict) and all(isinstance(part, dict) for part in config.values()) else {}
 
     @property
     def preset(self) -> str | None:
@@ -185,7 +185,7 @@ def open_run(directory: Path) -> Run:
         what = "is empty" if path.stat().st_size == 0 else "has no line of ours"
         raise UserError(f"{path} {what}; give a run that has begun, written by train_gpt2.py")
     with path.open("rb", buffering=0) as file:
-        locked = not lock(file)
+        locked = not lock(file, shared=True)
     return Run(directory, history, locked)
 
 

@@ -104,6 +104,8 @@ def test_random_lives_are_read_as_the_history_that_was_lived(tmp_path: Path, see
         b'{"kind": "train", "step": 1, "loss": "high"}',
         b'{"kind": "train", "step": 1}',
         b'{"kind": 7, "step": 1}',
+        b'{"kind": "val", "step": 1, "time": 1, "tokens": "NaN", "loss": 1, "val_tokens": 1}',
+        b'{"kind": "note", "step": 1}',
         b"\xff\xfe{}",
     ],
 )

@@ -15,6 +15,7 @@ import torch
 from gpt2 import metrics as metrics_module
 from gpt2.config import Config, DataConfig, ModelConfig, RunConfig
 from gpt2.console import LiveBar, LogLines, duration, open_console
+from gpt2.errors import UserError
 from gpt2.history import read_metrics
 from gpt2.metrics import Metrics
 
@@ -134,7 +135,7 @@ def test_evaluations_stand_out_with_the_distance_to_gpt2(
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == "=> step  20 | validation loss 3.5000 | GPT-2 124M on FineWeb-Edu 3.2924: 0.2076 to go"
     assert "GPT-2 124M on FineWeb-Edu 3.2924: 0.0424 better (ours over 16,384 tokens" in second
-    assert third.endswith("HellaSwag 29.00% ± 0.45%, 10,042 examples | GPT-2 124M 29.55%: 0.55% to go")
+    assert third.endswith("HellaSwag 29.00% ± 0.45%, 10,042 examples | GPT-2 124M 29.55%: 0.55 points to go")
 
 
 @pytest.mark.parametrize(
@@ -203,9 +204,33 @@ def test_a_restart_names_what_changed_and_supersedes(tmp_path: Path, start: Call
     history = read_metrics(tmp_path / "metrics.jsonl")
     assert [(r["step"], r["loss"]) for r in history.live if r["kind"] == "train"] == [(10, 5.0), (20, 3.0)]
     assert [(r["step"], r["loss"]) for r in history.superseded] == [(20, 4.0)]
+    assert history.live[-1]["step"] == 20  # run_end's
     last = [record for record in history.live if record["kind"] == "run_start"][-1]
     assert last["config_changed"] == {"run.log_every": [10, 5]}
     assert last["world_size"] == 4
+
+
+def test_a_start_from_nothing_supersedes_all(tmp_path: Path, start: Callable[..., Metrics]) -> None:
+    old = start()
+    old.val(0, 10.5, 100)
+    old.train(10, loss=5.0, lr=1e-3, grad_norm=1.0)
+    old.close("error")
+    new = start(replace(CONFIG, run=replace(RUN, seed=2)))
+    new.val(0, 10.25, 100)
+    new.checkpoint(7, tmp_path / "checkpoints" / "step_7")
+    new.close("stopped")
+    live = read_metrics(tmp_path / "metrics.jsonl").live
+    assert [record["kind"] for record in live] == ["run_start", "val", "checkpoint", "run_end"]
+    assert "config_changed" not in live[0]
+    assert live[-1]["step"] == 7  # though nothing was logged at it
+
+
+def test_a_directory_in_use_is_refused(tmp_path: Path, start: Callable[..., Metrics]) -> None:
+    first = start()
+    with pytest.raises(UserError, match="another process is training into"):
+        start()
+    first.close("finished")
+    start().close("finished")
 
 
 def test_a_checkpoint_is_reported_from_another_thread(tmp_path: Path, start: Callable[..., Metrics]) -> None:
