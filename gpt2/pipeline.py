@@ -50,32 +50,24 @@ class Unit(NamedTuple):
 
 def files_of_part(source: Source, part: Part) -> list[int]:
     """Numbers of the files that may have a unit in `part`."""
-    total, begin, numbers = sum(f.size for f in source.files), 0, []
-    for number, file in enumerate(source.files):
-        end = begin + file.size
+    numbers, total = [], source.begins[-1]
+    for number, (begin, end) in enumerate(itertools.pairwise(source.begins)):
         # [begin, end) of the source's bytes meets [(number - 1) / of, number / of) of them
-        if file.size and begin * part.of < total * part.number and end * part.of > total * (part.number - 1):
+        if begin < end and begin * part.of < total * part.number and end * part.of > total * (part.number - 1):
             numbers.append(number)
-        begin = end
     return numbers
 
 
 def units_of_file(source: Source, number: int, units: int, part: Part) -> range:
     """Units of file `number`, which has `units`, that belong to `part`. A plain text belongs to one part whole."""
-    if source.files[number].kind == "text":
-        return range(units) if units_of_bytes(source, number, 1, part) else range(0)
-    return units_of_bytes(source, number, units, part)
-
-
-def units_of_bytes(source: Source, number: int, units: int, part: Part) -> range:
-    """Those of `units` equal pieces of file `number` whose middle lies in `part` of the source's bytes."""
-    total = sum(f.size for f in source.files)
-    begin = sum(f.size for f in source.files[:number])
-    size = source.files[number].size
-    # Piece u has its middle at begin + size·(2u + 1) / (2·units); exact in integers.
-    owners = [(begin * 2 * units + size * (2 * u + 1)) * part.of // (2 * units * total) + 1 for u in range(units)]
-    mine = [u for u, owner in enumerate(owners) if owner == part.number]
-    return range(mine[0], mine[-1] + 1) if mine else range(0)
+    begin, size, total = source.begins[number], source.files[number].size, source.begins[-1]
+    pieces = 1 if source.files[number].kind == "text" else units
+    # Piece p of the file has its middle at begin + size·(2p + 1) / (2·pieces); exact in integers.
+    owners = [(begin * 2 * pieces + size * (2 * p + 1)) * part.of // (2 * pieces * total) + 1 for p in range(pieces)]
+    mine = [p for p, owner in enumerate(owners) if owner == part.number]
+    if not mine:
+        return range(0)
+    return range(units) if pieces < units else range(mine[0], mine[-1] + 1)
 
 
 class Units:
@@ -88,7 +80,6 @@ class Units:
         self._start = start
         self._files = deque(n for n in files_of_part(source, part) if n >= start.file)
         self._ready: deque[Unit] = deque()
-        self._begins = list(itertools.accumulate((f.size for f in source.files), initial=0))
         fetcher.start(self._files)
 
     def available(self) -> bool:
@@ -111,7 +102,7 @@ class Units:
             file = self._source.files[number]
             for unit in units:
                 skip = self._start.skip if (number, unit) == self._start[:2] else 0
-                done = (self._begins[number] + file.size * (unit + 1) / count) / max(self._begins[-1], 1)
+                done = (self._source.begins[number] + file.size * (unit + 1) / count) / max(self._source.begins[-1], 1)
                 done = min(max(done * self._part.of - (self._part.number - 1), 0.0), 1.0)
                 self._ready.append(Unit(Position(number, unit, skip), path, file.kind, unit == units.stop - 1, done))
             if not units:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +75,11 @@ class Source:
     description: str
     revision: str | None
     files: tuple[SourceFile, ...]
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """Bytes before each file, and of all files at the end."""
+        return tuple(itertools.accumulate((file.size for file in self.files), initial=0))
 
     def to_dict(self) -> dict[str, Any]:
         """What a manifest keeps of it."""

@@ -7,9 +7,8 @@
 # that dies is queued again and continues after its last finished shard. When a task finds all parts finished, it
 # merges them. The array must be 1-N, without gaps, and N must stay the same for one output directory.
 #
-# Time and cost: about 2.5 M tokens a second a core of a current server (FineWeb-Edu, tiktoken), so 16 tasks of 32 cores
-# take roughly 2 minutes of tokenizing for 100 B tokens' share of 6.25 B each, and as long as the network takes to
-# fetch 18 GB a task.
+# Time: a core tokenizes some 4 M tokens a second, so 32 cores need about a minute for one of 16 parts of 100 B tokens.
+# Fetching the part's 18 GB takes longer on most networks, and costs more than the cores.
 #SBATCH --job-name=tokenize
 #SBATCH --cpus-per-task=32
 #SBATCH --mem=24G
