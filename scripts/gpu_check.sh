@@ -4,6 +4,7 @@
 #   bash scripts/gpu_check.sh OUT.json            writes it there
 #   bash scripts/gpu_check.sh --dry-run [OUT]     the same commands on a CPU, with a tiny model: do they all work?
 # PYTHON chooses the interpreter; it needs torch and the packages of pyproject.toml, this project need not be installed.
+# HELLASWAG is HellaSwag's validation split as .jsonl, for a machine that cannot download it.
 # A part that fails does not stop the others; the exit code is then 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -47,9 +48,14 @@ bench() { # NAME SECONDS BENCHMARK OPTIONS...
 
 if $dry; then
     tiny=(--preset debug --device cpu --rounds 1)
-    part tests 300 "$python" -m pytest -q -m gpu tests/test_loss.py tests/test_compile.py
+    question='{"ind": %d, "activity_label": "a", "ctx": "One two", "ctx_a": "One two", "ctx_b": "", "label": "1",'
+    question+=' "endings": ["three.", "four.", "five six.", "seven."], "split": "val", "source_id": "x"}'
+    for ind in 1 2 3 4; do printf "$question\n" "$ind"; done >"$parts/hellaswag.jsonl"
+    part tests 300 "$python" -m pytest -q -m gpu tests
     bench train 300 train "${tiny[@]}" --first-step --profile "$parts/train.trace"
     bench ddp 300 ddp "${tiny[@]}"
+    bench generate 300 generate "${tiny[@]}" --rows 1 --new-tokens 4
+    bench hellaswag 300 hellaswag --preset debug --device cpu --data "$parts/hellaswag.jsonl" --examples 4 --slices 1
     bench loader 60 loader --shards 10 --shard-tokens 10000 --total-batch-tokens 16384 --micro-batch-size 4 --rounds 3
 else
     part tests 150 "$python" -m pytest -q -m gpu tests
@@ -57,7 +63,7 @@ else
     bench train_b16 120 train --micro-batch-size 16 --rounds 3 --sides ours plain
     bench loader 60 loader
     bench generate 90 generate
-    bench hellaswag 120 hellaswag
+    bench hellaswag 120 hellaswag ${HELLASWAG:+--data "$HELLASWAG"}
     if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ]; then
         bench ddp 120 ddp --preset gpt2 --micro-batch-size 64 --grad-accum-steps 1
     fi
