@@ -217,13 +217,14 @@ def check_writable(path: Path | None) -> None:
 
 def run(args: argparse.Namespace, this: World) -> None:
     """Evaluate and report; called by every process."""
+    # Models first: they may be misspelt, and are found sooner than the data is fetched.
+    directories = [from_rank_0(this, partial(resolve_model, spec)) for spec in args.model]
     examples = spread(load_examples(args.data, args.split, world=this), args.limit)
     conventions = CONVENTIONS if args.convention == "both" else (args.convention,)
     dtype = torch.bfloat16 if resolve_dtype(args.dtype, this.device) == "bf16" else torch.float32
     entries: list[dict[str, Any]] = []
     per_example: list[str] = []
-    for spec in args.model:
-        directory = from_rank_0(this, partial(resolve_model, spec))
+    for spec, directory in zip(args.model, directories, strict=True):
         # A Hub name was downloaded where rank 0 is; elsewhere it may still have to be.
         model, tokenizer = load_pretrained(directory if directory.exists() else spec, this.device)
         if args.compile:
