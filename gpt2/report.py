@@ -216,7 +216,7 @@ def _run(run: Run, name: str, price: float | None, now: float | None) -> dict[st
             }
             for start in run.starts
         ],
-        "superseded": len(run.history.superseded),
+        "repeated": run.repeated,
         "torn": run.history.torn,
         "skips": [
             {

@@ -18,6 +18,8 @@ from gpt2.presets import presets
 
 SILENCE_SECONDS = 600.0
 """A run on another machine that has written nothing for this long counts as crashed."""
+MAX_CHANGES = 8
+"""Changed settings up to which a run counts as a variant of a preset."""
 
 Record = Mapping[str, Any]
 
@@ -55,7 +57,10 @@ class Run:
 
     @property
     def preset(self) -> str | None:
-        """The preset nearest to its configuration, such as "gpt2" or, with two settings changed, "gpt2 +2"."""
+        """The preset nearest to its configuration, such as "gpt2" or, with two settings changed, "gpt2 +2".
+
+        None where none is near.
+        """
         if not self.config:
             return None
         changes = {}
@@ -63,6 +68,8 @@ class Run:
             other = config.to_dict()
             changes[name] = len(config_difference(self.config, other).keys() - {"run.run_dir"})
         nearest = min(changes, key=lambda name: changes[name])
+        if changes[nearest] > MAX_CHANGES:
+            return None
         return f"{nearest} +{changes[nearest]}" if changes[nearest] else nearest
 
     @property
@@ -147,8 +154,13 @@ class Run:
     @property
     def last_checkpoint(self) -> str | None:
         """Path of the newest complete checkpoint, within the directory; None: none yet."""
-        checkpoints = self.records("checkpoint")
-        return str(checkpoints[-1].get("path")) if checkpoints else None
+        paths = [str(record.get("path")) for record in self.history.everything if record["kind"] == "checkpoint"]
+        return paths[-1] if paths else None
+
+    @property
+    def repeated(self) -> int:
+        """Logged steps that a start from an older checkpoint made again."""
+        return sum(record["kind"] == "train" for record in self.history.superseded)
 
 
 def _add_seconds(records: Sequence[Record]) -> dict[str, float]:

@@ -129,7 +129,11 @@ def test_names_that_tell_runs_apart() -> None:
 def test_the_table_lists_every_run_and_says_what_it_leaves_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_run(tmp_path / "a", until=1000)
+    run = write_run(tmp_path / "a", until=1000, end=None)
+    checkpoints = [{"kind": "checkpoint", "step": s, "time": 0, "path": f"checkpoints/step_{s:08}"} for s in (800, 900)]
+    end = {"kind": "run_end", "step": 1000, "time": 0, "reason": "finished", "seconds": {}}
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(encode([*checkpoints, end]))
     write_run(tmp_path / "deep" / "b", **tiny(end=None, hellaswag=False, eval_every=0))
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
@@ -143,6 +147,7 @@ def test_the_table_lists_every_run_and_says_what_it_leaves_out(
     assert cells[1][0] == "a"
     assert "finished" in cells[1]
     assert "524" in cells[1]
+    assert cells[1][-1] == "checkpoints/step_00000900"
     assert cells[2][0] == "deep/b"
     assert "crashed" in cells[2]
     assert out[3].startswith("left out:")

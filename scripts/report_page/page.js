@@ -193,7 +193,7 @@ function events(parent) {
     const changed = (start) => Object.entries(start.changed).map(([name, [old, now]]) => `${name} ${shown(old)} → ${shown(now)}`).join(", ") || "–";
     table(card, ["start", "from step", "processes", "changed settings"], run.starts.map((start) => [when(start.time), start.step, start.world_size, changed(start)]));
     const said = [];
-    if (run.superseded) said.push(`${run.superseded} lines were superseded by a restart and are left out.`);
+    if (run.repeated) said.push(`${run.repeated} logged ${run.repeated === 1 ? "step" : "steps"} past a checkpoint came to nothing, and are left out.`);
     if (run.torn) said.push(`${run.torn} unreadable ${run.torn === 1 ? "line was" : "lines were"} left out.`);
     said.push(run.skips.length ? `${run.skips.length} ${run.skips.length === 1 ? "update was" : "updates were"} skipped:` : "No update was skipped.");
     html("p", "muted", said.join(" "), card);
@@ -216,8 +216,8 @@ function settings(parent) {
   };
   html("h3", "", "Environment", card);
   table(card, ["", ...names], rows((run) => {
-    const {versions, ...rest} = run.environment;
-    return {...rest, ...versions};
+    const {versions, commit, ...rest} = run.environment;
+    return {...rest, commit: commit && commit.replace(/^(.{12})[0-9a-f]*/, "$1"), ...versions};
   }));
   const all = html("details", "", null, card);
   html("summary", "muted", "all settings", all);
