@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gpt2.config import ModelConfig
+from gpt2.config import ModelConfig, RunConfig
+from gpt2.distributed import parallelize, world
 from gpt2.errors import UserError
 from gpt2.generate import generate, stream
 from gpt2.huggingface import save_pretrained
@@ -192,3 +194,29 @@ def test_diverged_weights_are_reported() -> None:
 def test_bad_input_is_refused(prompts: list[list[int]], options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         generate(build(), prompts, **{"max_new_tokens": 2, **options})
+
+
+def sample_sharded(rank: int, port: int, out: Path) -> None:
+    """One of two processes that hold a model's halves; what it draws, twice, in fp32 and under autocast."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    with world("cpu") as this:
+        model = parallelize(build(), RunConfig(parallel="fsdp", compile=False), this, "fp32", 1)
+        options: dict[str, Any] = {"max_new_tokens": 20, "seed": 3, "top_k": 20}
+        texts = [generate(model, PROMPTS, **options) for _ in range(2)]  # FSDP leaves the root gathered after the first
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            texts.append(generate(model, PROMPTS, **options))
+    torch.save(texts, out / f"{rank}.pt")
+
+
+def test_a_model_spread_over_processes_writes_the_same(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    torch.multiprocessing.spawn(sample_sharded, args=(port, tmp_path), nprocs=2)
+    alone = generate(build(), PROMPTS, max_new_tokens=20, seed=3, top_k=20)
+    for rank in range(2):
+        first, second, half = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert first == second == alone
+        assert [len(row) for row in half] == [20] * 4
