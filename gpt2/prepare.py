@@ -19,6 +19,7 @@ from gpt2.progress import TokenProgress
 from gpt2.request import Request, continued_manifest, new_manifest
 from gpt2.shards import make_directory
 from gpt2.sources import FileProblem
+from gpt2.tokenizer import gpt2_tokenizer
 from gpt2.verify import check_manifest
 
 
@@ -67,6 +68,9 @@ def _prepare(request: Request, say: Callable[[str], None]) -> Manifest:
             save_manifest(request.manifest_path, manifest)
         for stale in request.directory.glob(f".{_prefix(request)}_*.tmp"):
             stale.unlink()
+        if request.tokenizer == "gpt2":
+            package = gpt2_tokenizer().fast_encoder()[1] if request.fastest else "tiktoken"
+            say(f"tokenizing with {package} in {request.workers} process{'es' if request.workers > 1 else ''}")
         with Workers(request.workers, manifest.tokenizer, request.fastest) as workers:
             for first, stop in _gaps(len(manifest.shards), missing, manifest.complete):
                 manifest = _make_shards(request, manifest, fetcher, workers, first, stop)
