@@ -51,19 +51,21 @@ def generate(
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     rows: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(
-        model,
-        prompts,
-        sampling,
-        max_new_tokens=max_new_tokens,
-        eot_token=eot_token,
-        seed=seed,
-        dtype=dtype,
-        use_cache=use_cache,
-    ):
-        for row, token in zip(rows, tokens, strict=True):
-            if token is not None:
-                row.append(token)
+    # Every new token is another shape, which blocks compiled for training would be compiled for again.
+    with torch.compiler.set_stance("force_eager"):
+        for tokens in stream(
+            model,
+            prompts,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            eot_token=eot_token,
+            seed=seed,
+            dtype=dtype,
+            use_cache=use_cache,
+        ):
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
     return rows
 
 

@@ -7,6 +7,7 @@ import torch
 
 from gpt2.compile import compile_model
 from gpt2.config import ModelConfig
+from gpt2.generate import generate
 from gpt2.loss import IGNORE
 from gpt2.model import GPT
 
@@ -36,3 +37,13 @@ def test_values_gradients_and_names_are_those_of_the_eager_model(device: str) ->
         assert one.grad is not None
         assert other.grad is not None
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_sampling_from_a_compiled_model_compiles_nothing() -> None:
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=70)
+    eager, compiled = GPT(config).init_weights(0), GPT(config).init_weights(0)
+    compile_model(compiled)
+    torch._dynamo.utils.counters.clear()
+    texts = [generate(model, [[1, 2, 3]], max_new_tokens=4, seed=0) for model in (eager, compiled)]
+    assert texts[0] == texts[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
