@@ -227,7 +227,7 @@ class Metrics:
         if mfu is not None:
             values["mfu"] = mfu
         self._scalars(step, {f"train/{name}": value for name, value in values.items()})
-        every = self.config.run.eval_every
+        every, left = self.config.run.eval_every, self.total_steps - step
         self.console.show(
             Status(
                 step=step,
@@ -240,7 +240,7 @@ class Metrics:
                 mfu=mfu,
                 memory_bytes=memory,
                 seconds_left=seconds_left,
-                next_eval=min(every - step % every, self.total_steps - step) if every else None,
+                next_eval=min(every - step % every, left) if every and left > 0 else None,
                 shares={name: seconds[name] / wall for name in PHASES} if wall > 0 else {},
             )
         )
