@@ -549,7 +549,8 @@ def main() -> int:
         print(f"drew the learning rate of {config.run.max_steps} steps in {config.run.plot_schedule}")
         return 0
     enable_flight_recorder(config.run.run_dir / "hang")
-    with StopSignals() as signals, world(config.run.device) as this:
+    # Signals afterwards: a process that waits for others to join could not heed them.
+    with world(config.run.device) as this, StopSignals() as signals:
         run = Run(config, this, signals)
         try:
             return run.train()

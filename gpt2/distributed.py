@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -185,8 +186,17 @@ def world(device: str = "auto") -> Iterator[World]:
         yield this
         return
     on_gpu = this.device.type == "cuda"
+    # torchrun's store outlives a restart, with the addresses of the processes that died: each start uses names of its
+    # own. (PyTorch 2.13 leaves that out, and then no restart over gloo finds its peers.)
+    store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=STARTUP_TIMEOUT)))
+    start = f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_of_{size}"
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=STARTUP_TIMEOUT, device_id=this.device if on_gpu else None
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore(start, store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=size,
+        timeout=STARTUP_TIMEOUT,
+        device_id=this.device if on_gpu else None,
     )
     yield this
     dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
