@@ -34,6 +34,11 @@ from gpt2.loss import softcap
 from gpt2.model import GPT
 from gpt2.tokenizer import GPT2Tokenizer, Tokenizer
 
+CPU_TOKEN_BUDGET = 2048
+"""Tokens of a batch. Larger ones are no faster on a CPU, but hold rows of more different lengths: more padding."""
+GPU_TOKEN_BUDGET = 16_384
+"""The same on a GPU: enough to fill it. Eight of them take 14 batches for the validation split."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -151,10 +156,10 @@ def evaluate(
         tokenizer: the model's; must be GPT-2's.
         world: of the processes; the model is on its device.
         convention: "completion" or "harness".
-        dtype: of matrix products. float32 is exact; bfloat16 moves about one prediction in a hundred. The softmax is
+        dtype: of matrix products. float32 is exact; bfloat16 rounds, which turns a few close calls. The softmax is
             in fp32 in either.
         token_budget: tokens a process passes through the model at a time, padding included: the bound of memory.
-            None: 8,192 on a CPU, else 65,536.
+            None: CPU_TOKEN_BUDGET or GPU_TOKEN_BUDGET.
         compiled: whether to use the compiled form of blocks that have one, with batches of a few fixed shapes. Without
             it they run uncompiled: one evaluation is over before its shapes would have been compiled.
         progress: called with the number of rows done and their total.
@@ -171,16 +176,19 @@ def evaluate(
             f"tokenizer is {tokenizer.name!r}; evaluate a model trained on GPT-2's tokens"
         )
     device = world.device
+    on_cpu = device.type == "cpu"
     if token_budget is None:
-        token_budget = 8192 if device.type == "cpu" else 65_536
+        token_budget = CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET
     prepared = make_rows(tuple(examples), tokenizer, convention, model.config.block_size)
     rows = prepared.rows
-    batches = plan(np.array([row.length for row in rows]), world.size, token_budget, 64 if compiled else 8)
+    # Few shapes for the compiler; rows of masks aligned for a GPU's kernels; no padding at all for a CPU.
+    multiple = 64 if compiled else 1 if on_cpu else 8
+    batches = plan(np.array([row.length for row in rows]), world.size, token_budget, multiple)
 
     was_training = model.training
     model.eval()
     try:
-        head = Head(model, dtype, chunk=128 if device.type == "cpu" else 2048)
+        head = Head(model, dtype, chunk=128 if on_cpu else 2048)
         scores: list[tuple[list[Row], np.ndarray, Tensor]] = []
         done = scored = 0
         with (

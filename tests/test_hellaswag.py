@@ -21,9 +21,9 @@ import gpt2.hellaswag_data
 from gpt2.config import ModelConfig, RunConfig
 from gpt2.distributed import World, parallelize, world
 from gpt2.errors import UserError
-from gpt2.hellaswag import Head, Result, evaluate
+from gpt2.hellaswag import Head, Result, _result, evaluate
 from gpt2.hellaswag_data import Example, load_examples
-from gpt2.hellaswag_rows import CONVENTIONS, Convention, make_rows
+from gpt2.hellaswag_rows import CONVENTIONS, Convention, Rows, make_rows
 from gpt2.model import GPT
 from gpt2.tokenizer import CharTokenizer, gpt2_tokenizer
 
@@ -189,6 +189,11 @@ def test_an_ending_of_no_characters_never_wins_by_length() -> None:
     result = score(make_model(SHAPES["gpt2"]), (example,), convention="harness")
     assert result.lengths[0, 0] == 0
     assert result.predictions_norm[0] != 0
+
+    likely = np.array([[-1.0, -40.0, -40.0, -40.0]])  # though by the sum it does
+    rows = Rows((), np.array([[0, 4, 4, 4]]), 0)
+    result = _result((example,), rows, "harness", likely, tokens=0, scored=0, started=0.0)
+    assert (result.predictions[0], result.predictions_norm[0]) == (0, 1)
 
 
 def test_without_labels_there_are_predictions_only() -> None:

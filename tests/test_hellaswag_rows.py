@@ -178,5 +178,6 @@ def test_real_rows_are_the_arithmetic_the_module_promises() -> None:
     assert lengths.sum() == 1_740_093
     assert sum(1 + sum(len(e) - 1 for e in row.endings) for row in made.rows) == 1_235_066
     assert made.lengths.sum() == 1_265_192  # tokens scored: REFERENCE's figure
-    padded = sum(batch.rows * batch.length for batch in plan(lengths, 1, 8192, 8))
-    assert padded < 1.03 * lengths.sum()
+    for processes, budget, multiple, padding in ((1, 2048, 1, 1.01), (1, 16_384, 8, 1.03), (8, 16_384, 8, 1.1)):
+        batches = plan(lengths, processes, budget, multiple)
+        assert sum(batch.rows * batch.length for batch in batches) * processes < padding * lengths.sum()

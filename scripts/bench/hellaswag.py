@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -32,7 +33,7 @@ from gpt2.compile import compile_model
 from gpt2.config import ModelConfig
 from gpt2.distributed import World, pick_device
 from gpt2.errors import UserError
-from gpt2.hellaswag import Head, evaluate
+from gpt2.hellaswag import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Head, evaluate
 from gpt2.hellaswag_data import Example, load_examples, spread
 from gpt2.hellaswag_rows import make_rows, render
 from gpt2.huggingface import save_pretrained
@@ -105,11 +106,12 @@ class Side:
         rows = sorted(make_rows(examples, self.tokenizer, "completion", 1024).rows, key=lambda row: -row.length)
         device, config = self.device, self.model.config
         head = Head(self.model, self.dtype, 128 if device.type == "cpu" else 2048)
+        budget = CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET
         result = np.zeros(4 * len(examples))
         start = 0
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             while start < len(rows):
-                batch = rows[start : start + max(1, (8192 if device.type == "cpu" else 65_536) // rows[start].length)]
+                batch = rows[start : start + max(1, budget // rows[start].length)]
                 start += len(batch)
                 B, C = len(batch), max(len(row.context) for row in batch)
                 endings = [ending for row in batch for ending in row.endings]
@@ -217,10 +219,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             worker.call("score", examples if side == "ours" and args.compile else slices[0][:2])
         measured: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
         rates = []
-        for part in slices:
+        for number, part in enumerate(slices, 1):
             rates.append(matmul_flops(device, DTYPES[args.dtype], 2048))
             for side, worker in workers.items():
                 measured[side].append(worker.call("score", part))
+            turn = ", ".join(f"{side} {turns[-1]['seconds']:.2f} s" for side, turns in measured.items())
+            print(f"slice {number} of {len(slices)}, {len(part)} examples: {turn}", file=sys.stderr, flush=True)
         for worker in workers.values():
             worker.close()
     _compare(measured, TOLERANCE[args.dtype])
