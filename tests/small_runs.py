@@ -45,7 +45,7 @@ SMALL = Config(
 )
 
 
-def small(data: Path, run: Path, **changes: Any) -> Config:
+def small(data: Path, run: Path, /, **changes: Any) -> Config:
     """The small run's configuration, with fields of any part changed by name."""
     changes = {"data": data, "run_dir": run, **changes}
     parts = {}
