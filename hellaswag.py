@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help=f"tokens a device holds at a time [{CPU_TOKEN_BUDGET} on a CPU, else {GPU_TOKEN_BUDGET}]",
     )
-    parser.add_argument("--compile", action="store_true", help="compile the model first; pays off for large models")
+    parser.add_argument("--compile", action="store_true", help="compile the model first, for a few fixed shapes")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     parser.add_argument("--per-example", type=Path, metavar="OUT", help="write a line of JSON an example there")
     return parser.parse_args()

