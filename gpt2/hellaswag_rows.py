@@ -54,6 +54,7 @@ class Tokenized:
 
 def tokenize(examples: tuple[Example, ...], tokenizer: GPT2Tokenizer, convention: Convention) -> Tokenized:
     """Token ids of all examples, from the user's cache where they were tokenized before."""
+    # The number is this code's version: raise it when render or tokenize change what they make.
     digest = hashlib.sha256(f"1 {tokenizer.name} {tokenizer.n_vocab} {convention}\n".encode())
     for line in content_lines(examples):
         digest.update(line)
