@@ -94,7 +94,7 @@ def draw(weights: Tensor, labels: Sequence[str], title: str, out: Path) -> None:
         if head >= n_head:
             ax.axis("off")
             continue
-        image = ax.imshow(weights[head].masked_fill(future, float("nan")), cmap="Blues", vmin=0, vmax=1)
+        image = ax.imshow(weights[head].masked_fill(future, float("nan")).numpy(), cmap="Blues", vmin=0, vmax=1)
         ax.set_title(f"head {head}", fontsize=9)
         ax.set_xticks(range(T), labels, rotation=90, fontsize=7)
         ax.set_yticks(range(T), labels, fontsize=7)
