@@ -58,11 +58,11 @@ if $dry; then
     bench hellaswag 300 hellaswag --preset debug --device cpu --data "$parts/hellaswag.jsonl" --examples 4 --slices 1
     bench loader 60 loader --shards 10 --shard-tokens 10000 --total-batch-tokens 16384 --micro-batch-size 4 --rounds 3
 else
-    part tests 150 "$python" -m pytest -q -m gpu tests
-    bench train 240 train --micro-batch-size 64 --rounds 3 --first-step
-    bench train_b16 120 train --micro-batch-size 16 --rounds 3 --sides ours plain
-    bench loader 60 loader
-    bench generate 90 generate
+    part tests 120 "$python" -m pytest -q -m gpu tests
+    bench train 200 train --micro-batch-size 64 --rounds 3 --first-step
+    bench train_b16 60 train --micro-batch-size 16 --rounds 3 --sides ours plain
+    bench loader 30 loader
+    bench generate 70 generate
     bench hellaswag 120 hellaswag ${HELLASWAG:+--data "$HELLASWAG"}
     if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ]; then
         bench ddp 120 ddp --preset gpt2 --micro-batch-size 64 --grad-accum-steps 1
