@@ -232,6 +232,14 @@ def test_the_best_checkpoint_stays(char_data: Path, tmp_path: Path) -> None:
     assert found["val_loss"] == measured[best]
 
 
+def test_a_checkpoint_knows_the_validation_loss_of_its_own_step_only(char_data: Path, tmp_path: Path) -> None:
+    train(small(char_data, tmp_path, max_steps=9, eval_every=3, checkpoint_every=2, keep=9))
+    measured = {line["step"]: line["loss"] for line in records(tmp_path, "val")}
+    for path in list_checkpoints(tmp_path / "checkpoints"):
+        training = json.loads((path / "training.json").read_text())
+        assert training["val_loss"] == measured.get(training["step"])
+
+
 def test_out_of_memory_is_one_line(char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore lines")
