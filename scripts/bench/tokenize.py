@@ -30,6 +30,7 @@ from gpt2.errors import UserError
 _SHARD_TOKENS = 10_000_000
 _IN_MEMORY_BYTES = 8_000_000  # of text for the limit
 _MIB = 2**20
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes there, else KiB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -269,16 +270,24 @@ class _Usage:
 
     def result(self, tokens: int) -> dict[str, float]:
         """Seconds since the start; memory in bytes."""
-        unit = 1 if os.uname().sysname == "Darwin" else 1024  # ru_maxrss is in bytes there, else in KiB
         own = time.process_time() - self._own
         return {
             "tokens": tokens,
             "seconds": time.perf_counter() - self._start,
             "parent_cpu": own,
             "cpu": own + _children_seconds() - self._children,
-            "parent_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-            "worker_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit,
+            "parent_bytes": _own_peak_bytes(),
+            "worker_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _MAXRSS_UNIT,
         }
+
+
+def _own_peak_bytes() -> int:
+    """Peak resident memory; not `ru_maxrss` where there is better, for that starts with what the caller had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
 
 
 def _children_seconds() -> float:
