@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -43,7 +44,14 @@ from gpt2.loader import Blocks, Loader
 from gpt2.metrics import EndReason, Metrics, Phase
 from gpt2.model import GPT
 from gpt2.optim import describe_groups, load_state_tensors, make_optimizers, set_learning_rates, state_tensors
-from gpt2.out_of_memory import advice, fitting_micro_batch, is_out_of_memory, record_allocations, write_snapshot
+from gpt2.out_of_memory import (
+    advice,
+    first_line,
+    fitting_micro_batch,
+    is_out_of_memory,
+    record_allocations,
+    write_snapshot,
+)
 from gpt2.plan import Plan, device_memory, make_plan
 from gpt2.precision import autocast, make_deterministic, resolve_dtype, set_matmul_precision
 from gpt2.presets import parse_args
@@ -113,9 +121,8 @@ class Run:
         self.saved_at = time.monotonic()
         self.announce()
         self.examples = self.hellaswag_examples()
-        if world.is_main:
-            own = start is not None and is_own(start, self.directory)
-            self.open_outputs(training["metrics_position"] if own else 0)
+        own = start is not None and is_own(start, self.directory)
+        world.on_main(lambda: self.open_outputs(training["metrics_position"] if own else 0))
 
     def open_data(self, config: Config) -> None:
         """Open the data set, the same one in every process."""
@@ -185,8 +192,8 @@ class Run:
         state: dict[str, Tensor] = {}
         if self.restored is not None:
             state = dict(self.restored.model)
-        elif world.is_main and origin.weights is not None:
-            state = load_weights(origin)
+        elif origin.weights is not None and not training:
+            world.on_main(lambda: state.update(load_weights(origin)))
         with torch.no_grad():
             for name, tensor in world.share({name: state[name] for name in parameters} if state else None):
                 parameters[name].copy_(tensor)
@@ -253,11 +260,11 @@ class Run:
     def train(self) -> int:
         """Run to the last step, or to a reason to stop; returns the exit code."""
         settings, total_steps = self.config.run, self.config.run.max_steps
+        if self.evaluation_is_due() and self.val_loss is None:  # a stop does not wait for its step's
+            self.evaluate()
         if self.step >= total_steps:
             self.say(f"the run is finished: {self.step} of {total_steps} steps are done; --max-steps goes further")
             return self.finish("finished")
-        if self.evaluation_is_due() and self.val_loss is None:  # not so where the stop before did not wait for it
-            self.evaluate()
         profiler: StepProfiler | None = None
         if settings.profile and self.world.is_main:
             profiler = StepProfiler(self.directory / "profile", settings.profile, self.world.device, self.step)
@@ -273,7 +280,7 @@ class Run:
             self.world.device,
         ) as loader:
             while self.step < total_steps and not self.stopping:
-                self.watch.arm()
+                self.watch.arm(starting=first)
                 with self.phase("data"):
                     batches = self.next_batches(loader)
                 factor = lr_factor(self.step, total_steps, self.config.optim)
@@ -524,8 +531,8 @@ class Run:
         snapshot = self.directory / f"out_of_memory_rank{self.world.rank}.pickle"
         picture = f"; {snapshot} shows what filled it (https://pytorch.org/memory_viz)"
         return UserError(
-            f"rank {self.world.rank} is out of memory on {device} with --micro-batch-size {self.config.data.micro_batch_size} "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); {advice(fitting, self.config)}"
+            f"rank {self.world.rank} is out of memory on {device} with --micro-batch-size "
+            f"{self.config.data.micro_batch_size} ({first_line(error)}); {advice(fitting, self.config)}"
             + (picture if write_snapshot(snapshot, device) else ""),
             alone=True,
         )
@@ -533,6 +540,8 @@ class Run:
     def resume_command(self) -> str:
         """The words that continue this run."""
         start = "python" if self.world.size == 1 else f"torchrun --standalone --nproc_per_node={self.world.size}"
+        if int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size)) != self.world.size:
+            start = "torchrun, with the same words as now on each machine,"
         return f"{start} train_gpt2.py --config {shlex.quote(str(self.directory / 'config.json'))}"
 
 
@@ -551,7 +560,14 @@ def main() -> int:
     enable_flight_recorder(config.run.run_dir / "hang")
     # Signals afterwards: a process that waits for others to join could not heed them.
     with world(config.run.device) as this, StopSignals() as signals:
-        run = Run(config, this, signals)
+        try:
+            run = Run(config, this, signals)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"rank {this.rank}: the model does not fit on {this.device} ({first_line(error)}); is somebody else "
+                "using it? Else use a smaller model, or --parallel fsdp over more processes",
+                alone=True,
+            ) from None
         try:
             return run.train()
         except Diverged as failure:

@@ -62,11 +62,11 @@ class HangWatch:
             self._file = self.path.open("w")
             faulthandler.enable(self._file)  # for nccl's watchdog, too, which ends the process by a signal
 
-    def arm(self) -> None:
-        """A step begins."""
+    def arm(self, starting: bool = False) -> None:
+        """A step begins; the first one, when `starting`, for which the others wait longer."""
         if self._file is not None:
-            seconds = STACK_AFTER * distributed.STEP_TIMEOUT.total_seconds()
-            faulthandler.dump_traceback_later(seconds, file=self._file)
+            timeout = distributed.STARTUP_TIMEOUT if starting else distributed.STEP_TIMEOUT
+            faulthandler.dump_traceback_later(STACK_AFTER * timeout.total_seconds(), file=self._file)
 
     def disarm(self) -> None:
         """Something begins that may take its time."""

@@ -21,6 +21,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without PyTorch's paragraphs behind it."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def fitting_micro_batch(
     config: Config, parameters: int, world_size: int, dtype: str, device_memory_bytes: float | None
 ) -> int | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt2.config import Config, DataConfig, RunConfig
-from gpt2.out_of_memory import advice, fitting_micro_batch, is_out_of_memory, write_snapshot
+from gpt2.out_of_memory import advice, first_line, fitting_micro_batch, is_out_of_memory, write_snapshot
 from gpt2.plan import expected_memory
 
 GIB = 2**30
@@ -30,6 +30,11 @@ def test_signs_of_it() -> None:
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_what_it_says_in_one_line() -> None:
+    assert first_line(torch.OutOfMemoryError("CUDA out of memory.\nSee documentation")) == "CUDA out of memory."
+    assert first_line(MemoryError()) == "MemoryError"
 
 
 def test_the_largest_that_fits_by_the_estimate() -> None:

@@ -216,6 +216,8 @@ def test_a_stop_does_not_wait_for_an_evaluation_which_is_made_up_for(char_data: 
     config = small(char_data, tmp_path / "run", max_steps=20, eval_every=10)
     train(config, stop_after=10)
     assert [line["step"] for line in records(tmp_path / "run", "val")] == [0]
+    train(config, stop_after=20)  # in the last step
+    assert [line["step"] for line in records(tmp_path / "run", "val")] == [0, 10]
     train(config)
     assert [line["step"] for line in records(tmp_path / "run", "val")] == [0, 10, 20]
     train(small(char_data, tmp_path / "whole", max_steps=20, eval_every=10))
