@@ -264,6 +264,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_range(self, "max_steps log_every keep sample_tokens", 1)
+        _require_range(self, "seed", 0, 2**63 - 1)
         _require_range(self, "eval_every hellaswag_limit num_samples checkpoint_every checkpoint_minutes", 0)
         _require_range(self, "keep_every profile", 0)
         _require_range(self, "spike_zscore", 0, open_=True)
