@@ -59,6 +59,47 @@ def presets() -> dict[str, tuple[str, Config]]:
                 ),
             ),
         ),
+        "shakespeare-char": (
+            "TinyShakespeare character by character: minutes on a CPU, for studying what changes do",
+            Config(
+                model=ModelConfig(
+                    n_layer=6,
+                    n_head=4,
+                    n_embd=256,
+                    block_size=128,
+                    vocab_size=65,
+                    position="rope",
+                    qk_norm=True,
+                    activation="relu2",
+                    bias=False,
+                    zero_init_projections=True,
+                ),
+                data=DataConfig(
+                    data=Path("data/shakespeare_char"),
+                    micro_batch_size=32,
+                    total_batch_tokens=4096,
+                    val_tokens=200_000,  # the whole split
+                ),
+                optim=OptimConfig(
+                    optimizer="muon",
+                    learning_rate=3e-3,
+                    muon_learning_rate=0.02,
+                    schedule="linear",
+                    min_lr_ratio=0.0,
+                    warmup_steps=50,
+                ),
+                run=RunConfig(
+                    run_dir=Path("runs/shakespeare-char"),
+                    max_steps=900,
+                    eval_every=150,
+                    hellaswag_limit=0,
+                    num_samples=1,
+                    sample_tokens=200,
+                    sample_prompt="ROMEO:",
+                    checkpoint_every=300,
+                ),
+            ),
+        ),
         "debug": (
             "a tiny GPT, seconds on anything: to see that all parts run",
             Config(
