@@ -75,14 +75,15 @@ def test_fsdp_without_torchrun_is_refused(char_data: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_stop_together_and_one_goes_on(
-    char_data: Path, two_ranks: tuple[Path, list[dict[str, Any]]], reference: Path
+    char_data: Path, two_ranks: tuple[Path, list[dict[str, Any]]], reference: Path, parallel: str
 ) -> None:
     out, found = two_ranks
-    assert [f["stopped"] for f in found] == [[0, STOPPED_AT]] * 2
-    train(small(char_data, out / "stopped", micro_batch_size=8))
+    assert [f[f"stopped_{parallel}"] for f in found] == [[0, STOPPED_AT]] * 2
+    train(small(char_data, out / f"stopped_{parallel}", micro_batch_size=8))
     torch.testing.assert_close(
-        list(losses(out / "stopped").values()), list(losses(reference).values()), atol=1e-5, rtol=0
+        list(losses(out / f"stopped_{parallel}").values()), list(losses(reference).values()), atol=1e-5, rtol=0
     )
 
 

@@ -88,6 +88,18 @@ def weights_after(run: Run, step: int) -> list[torch.Tensor]:
     return before
 
 
+def signal_after(run: Run, step: int) -> None:
+    """Let this process be told to stop after a step."""
+    advance = run.advance
+
+    def advance_and_signal() -> None:
+        advance()
+        if run.step == step:
+            run.signals.received = "SIGTERM"
+
+    run.advance = advance_and_signal  # type: ignore[method-assign]
+
+
 def lose_data(blocks: Blocks) -> None:
     """Make the second read of a split fail."""
     read, calls = blocks.read, []
@@ -118,17 +130,12 @@ def main() -> None:
                 found[name] = run.train()
 
         # A signal that reaches rank 1 alone stops both, after the same step.
-        with running(small(data, out / "stopped", micro_batch_size=4), this) as run:
-            if this.rank == 1:
-                advance = run.advance
-
-                def advance_and_signal() -> None:
-                    advance()
-                    if run.step == STOPPED_AT - 1:
-                        run.signals.received = "SIGTERM"
-
-                run.advance = advance_and_signal  # type: ignore[method-assign]
-            found["stopped"] = [run.train(), run.step]
+        for parallel in ("ddp", "fsdp"):
+            config = small(data, out / f"stopped_{parallel}", micro_batch_size=4, parallel=parallel)
+            with running(config, this) as run:
+                if this.rank == 1:
+                    signal_after(run, STOPPED_AT - 1)
+                found[f"stopped_{parallel}"] = [run.train(), run.step]
 
         for name, changes in {**TABLE, "first_step": {"micro_batch_size": 4}}.items():
             step = 1 if name == "first_step" else POISONED_STEP
