@@ -227,6 +227,7 @@ class Run:
             device=self.world.device,
             world_size=self.world.size,
             start_step=self.step,
+            start_tokens=self.sample * self.config.model.block_size,
             position=metrics_position,
             dataset=self.dataset.manifest.name if self.dataset.manifest else self.config.data.data.name,
         )

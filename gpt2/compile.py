@@ -1,9 +1,8 @@
 """How the model is compiled: each block by itself, and the softmax of the loss.
 
-All blocks have the same code and shapes, so the first one's compiled form serves every other, and compiling takes a
-few seconds whatever the depth; compiling the whole body takes several times that and is no faster (the figures are in
-docs/performance.md). Blocks are also the units that DDP overlaps, FSDP gathers and activation checkpointing recomputes.
-The head's matrix products stay outside: `gpt2.loss` walks over them chunk by chunk.
+All blocks have the same code and shapes, so the first one's compiled form serves every other, and compiling takes as
+long whatever the depth. Blocks are also the units that DDP overlaps, FSDP gathers and activation checkpointing
+recomputes. The head's matrix products stay outside: `gpt2.loss` walks over them chunk by chunk.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -229,10 +230,13 @@ def parallelize(model: GPT, config: RunConfig, world: World, dtype: str, grad_ac
         return _shard(model, dtype)
     if world.size == 1:
         return model
+    # The buffers are constants, RoPE's angles. PyTorch 2.13 renamed the option that leaves them alone.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    keep_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
+        **keep_buffers,
         gradient_as_bucket_view=True,
         static_graph=grad_accum_steps == 1,  # no_sync changes what a backward pass does
     )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gpt2.attention import training_backends
 from gpt2.distributed import World
 from gpt2.loader import Blocks, on_host, to_device
 from gpt2.loss import IGNORE
@@ -57,7 +58,7 @@ def validation_loss(
         tokens = to_device(on_host(ids, world.device), world.device)
         padding = torch.from_numpy(numbers >= count).to(world.device)  # (B,)
         targets = tokens[:, 1:].masked_fill(padding[:, None], IGNORE)
-        with autocast():
+        with autocast(), training_backends(world.device):
             loss: Tensor = model(tokens[:, :-1], targets)
         total += loss
     model.train(was_training)

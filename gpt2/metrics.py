@@ -72,6 +72,7 @@ class Metrics:
         world_size: processes of the run.
         start_step: steps finished when this start begins; what was recorded of later steps is superseded. 0: a new
             life, which supersedes all there is.
+        start_tokens: tokens trained on until then; None: start_step times today's tokens a step.
         position: of `position()` when the checkpoint was saved that this start goes on from; None: found from
             start_step, which is the same unless the run once went back to an older checkpoint.
         dataset: name or source of the data set, which chooses the baselines.
@@ -87,6 +88,7 @@ class Metrics:
         device: torch.device,
         world_size: int,
         start_step: int = 0,
+        start_tokens: int | None = None,
         position: int | None = None,
         dataset: str = "",
         peak: float | None = None,
@@ -95,6 +97,8 @@ class Metrics:
         self.config = config
         self.device = device
         self.tokens_per_step = config.data.total_batch_tokens
+        self.start_step = start_step
+        self.start_tokens = start_step * self.tokens_per_step if start_tokens is None else start_tokens
         self.total_steps = config.run.max_steps
         self.flops_per_token = flops_per_token
         self.corpus = reference.corpus_of(dataset)
@@ -213,7 +217,7 @@ class Metrics:
             "train",
             step,
             {
-                "tokens": step * self.tokens_per_step,
+                "tokens": self._tokens(step),
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": grad_norm,
@@ -253,7 +257,7 @@ class Metrics:
             loss: mean over `val_tokens` tokens, nats.
             val_tokens: tokens it is a mean over.
         """
-        self._write("val", step, {"tokens": step * self.tokens_per_step, "loss": loss, "val_tokens": val_tokens})
+        self._write("val", step, {"tokens": self._tokens(step), "loss": loss, "val_tokens": val_tokens})
         self._scalars(step, {"val/loss": loss})
         text = f"validation loss {loss:.4f}"
         baseline = reference.gpt2_val_loss(self.corpus, self.size)
@@ -272,7 +276,7 @@ class Metrics:
             "hellaswag",
             step,
             {
-                "tokens": step * self.tokens_per_step,
+                "tokens": self._tokens(step),
                 "acc": result.acc,
                 "acc_norm": result.acc_norm,
                 "stderr": result.acc_norm_stderr,
@@ -295,7 +299,7 @@ class Metrics:
             prompt: what it continues.
             text: the new text alone.
         """
-        tokens = step * self.tokens_per_step
+        tokens = self._tokens(step)
         self._write("sample", step, {"tokens": tokens, "prompt": prompt, "text": text})
         self._tell(lambda sink: sink.sample(step, prompt, text))
         self.message(f"   sample: {prompt}{text}".replace("\n", "\n   "))
@@ -337,6 +341,10 @@ class Metrics:
         self._mark = now
         self._spent = dict.fromkeys(PHASES, 0.0)
         return {name: round(value, 6) for name, value in seconds.items()}
+
+    def _tokens(self, step: int) -> int:
+        """Tokens trained on after a step, also where an earlier start of the run took larger or smaller steps."""
+        return self.start_tokens + (step - self.start_step) * self.tokens_per_step
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

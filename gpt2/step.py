@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpt2.attention import training_backends
 from gpt2.distributed import World, accumulating, whole
 from gpt2.guards import StepGuard
 from gpt2.optim import step_unless
@@ -110,7 +111,7 @@ def train_step(
     own_loss = torch.zeros((), device=world.device)
     for number, (tokens, targets) in enumerate(batches):
         with accumulating(model, last=number == len(batches) - 1):
-            with autocast(world.device, dtype):
+            with autocast(world.device, dtype), training_backends(world.device):
                 loss = model(tokens, targets) / tokens_per_step
             # DDP and FSDP average gradients over the processes, where the loss is a sum over them.
             (loss * world.size).backward()
