@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ steps = 0
 
 
 def hang_in_the_data_centre() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun would wait 30 s for one that hangs and does not heed it
     time.sleep(600)
 
 
