@@ -148,11 +148,16 @@ def find_start(config: Config, fingerprint: str, say: Callable[[str], None]) -> 
     start: Path | None = None
     if resume not in ("auto", "never"):
         start = Path(resume)
-        if not is_own(start, run) or again:
+        if again or (stored.exists() and Config.load(stored).run.resume == resume):
             own = newest_checkpoint(checkpoints, say)
             if own is not None and own.resolve() != start.resolve():
                 say(f"going on from {own}, which this run has reached since it left {start}")
                 start = own
+        elif not is_own(start, run) and list_checkpoints(checkpoints):
+            raise UserError(
+                f"{run} has checkpoints of its own, and {start} is none of them; leave --resume out to go on from the "
+                "newest, or choose another --run"
+            )
         verify_checkpoint(start)
         if not is_own(start, run):
             check_config_change(Config.from_dict(read_training(start).get("config", {})), config, start)
