@@ -141,7 +141,7 @@ def test_from_a_checkpoint_of_another_run(char_data: Path, tmp_path: Path) -> No
     assert_same_bits(saved(tmp_path / "a", 30), saved(tmp_path / "b", 30))
     assert not list((tmp_path / "a/checkpoints").glob("superseded*"))
     for path in (tmp_path / "a/checkpoints/step_00000030", tmp_path / "b/checkpoints/step_00000013"):
-        with pytest.raises(UserError, match="is none of them|is not a checkpoint of a run"):  # a wrong word, say
+        with pytest.raises(UserError, match=r"is none of them|is not a checkpoint of a run"):  # a wrong word, say
             train(small(char_data, tmp_path / "b", resume=str(path)))
 
 
