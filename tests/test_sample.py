@@ -153,6 +153,7 @@ def test_stop_text(model_dir: Path, sample: Callable[..., str]) -> None:
         (["--prompt", "a", "--file", "b"], "not both"),
         (["--file", "nowhere.txt"], "cannot read the prompt"),
         (["--prompt", "a", "--stop", ""], "--stop is empty"),
+        (["--prompt", "a" * 17], "a prompt has 17 tokens, the model's context 16"),
         (["--prompt", "a", "-m", "./nowhere"], "no model at ./nowhere"),
     ],
 )
