@@ -84,7 +84,9 @@ def write(
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     longest, context = max(map(len, rows)), model.config.block_size
     if longest > context:
-        raise UserError(f"a prompt has {longest:,} tokens, the model's context {context:,}; give the prompt's end alone")
+        raise UserError(
+            f"a prompt has {longest:,} tokens, the model's context {context:,}; give the prompt's end alone"
+        )
     texts = [TextStream(tokenizer, args.stop) for _ in rows]
 
     def stop(row: int, token: int) -> bool:
