@@ -40,7 +40,7 @@ from train_gpt2 import Run
 def kill_until_done(data: Path, run: Path, kills: int, seed: int) -> tuple[int, str, list[str]]:
     """Start a run of two processes under torchrun and kill one or both again and again, every other time in a save."""
     dice = random.Random(seed)
-    config = small(data, run, max_steps=30 * kills, dropout=0.1, micro_batch_size=4, checkpoint_every=13, eval_every=20)
+    config = small(data, run, max_steps=50 * kills, dropout=0.1, micro_batch_size=4, checkpoint_every=13, eval_every=20)
     done: list[str] = []
     torchrun = (f"--max-restarts={kills}", "--monitor-interval=0.1")
     with Started(ROOT / "tests/slow_train.py", flags(config), 2, torchrun) as agent:
@@ -71,7 +71,7 @@ def test_kills_under_torchrun_change_nothing(char_data: Path, tmp_path: Path, ki
     code, output, done = kill_until_done(char_data, tmp_path / "killed", kills, seed=kills)
     assert code == 0, output
     assert len(done) == kills, (done, output)
-    steps = 30 * kills
+    steps = 50 * kills
     config = small(char_data, tmp_path / "whole", max_steps=steps, dropout=0.1, micro_batch_size=4, eval_every=20)
     code, output = finish(ROOT / "train_gpt2.py", flags(config), 2)
     assert code == 0, output
