@@ -6,7 +6,7 @@ set -euo pipefail
 . "$(dirname "$0")/env.sh" full
 
 run=runs/quickstart
-examples=200
+examples=100
 flags=()
 if [ "${1:-}" = --smoke ]; then
     run=runs/smoke
@@ -28,7 +28,7 @@ python hellaswag.py -m "$run" --limit "$examples" || echo "HellaSwag is left out
 
 echo "== 4/5 samples"
 for prompt in "Hello, I'm a language model," "Return a list of"; do
-    python scripts/sample.py -m "$run" --prompt "$prompt" -n 2 --max-new-tokens 48
+    python scripts/sample.py -m "$run" --prompt "$prompt" -n 2 --max-new-tokens 48 --temperature 0.7 --top-k 50
 done
 
 echo "== 5/5 report"
