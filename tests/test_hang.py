@@ -68,6 +68,7 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     watch.arm()
     watch.disarm()
     watch.close()
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_only_time_outs_between_processes_are_explained(tmp_path: Path) -> None:
