@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from gpt2.checkpoint import Checkpoint, host_copy, read_checkpoint
 from gpt2.checkpoint_writer import CheckpointWriter
 from gpt2.config import Config
-from gpt2.distributed import World, parallelize, place_like, shorten_timeout, whole, world
+from gpt2.distributed import WholeErrorFile, World, parallelize, place_like, shorten_timeout, whole, world
 from gpt2.errors import UserError, run_cli
 from gpt2.evaluate import validation_loss
 from gpt2.generate import generate
@@ -550,7 +550,7 @@ def _silent(text: str) -> None:
     pass
 
 
-@record
+@partial(record, error_handler=WholeErrorFile())
 def main() -> int:
     """Run the command line."""
     config = parse_args(sys.argv[1:])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -13,6 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -201,6 +205,26 @@ def world(device: str = "auto") -> Iterator[World]:
     )
     yield this
     dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
+
+
+class WholeErrorFile(ErrorHandler):
+    """Tells torchrun why this process failed by a file that is there whole or not at all.
+
+    PyTorch's own handler writes it in place. torchrun ends with the whole run, restarts left or not, when it finds half
+    a file of a process that was killed while it wrote; and a process whose peer was killed does write one.
+    """
+
+    def record_exception(self, e: BaseException) -> None:
+        """Write what `@record` caught, in the layout torchrun reads."""
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if path is None:
+            return
+        extra = {"py_callstack": "".join(traceback.format_exception(e)), "timestamp": str(int(time.time()))}
+        message = {"message": f"{type(e).__name__}: {e}", "extraInfo": extra}
+        with suppress(OSError):  # the error itself matters more
+            with open(path + ".writing", "w", encoding="utf-8") as file:
+                json.dump({"message": message}, file)
+            os.replace(path + ".writing", path)
 
 
 def shorten_timeout() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from small_runs import ALONE
+from small_runs import ALONE, ROOT, finish
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from gpt2.distributed import pick_device, place_like, whole, world
+from gpt2.distributed import WholeErrorFile, pick_device, place_like, whole, world
 from gpt2.errors import UserError
 
 
@@ -59,3 +62,30 @@ def test_a_copy_in_place() -> None:
     tensor += 1
     assert placed.tolist() == [1, 1]
     assert whole(placed) is placed
+
+
+def test_torchrun_reads_why_a_process_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    try:
+        raise ValueError("five is not four")
+    except ValueError as error:
+        WholeErrorFile().record_exception(error)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(path))
+    assert failure.message["message"] == "ValueError: five is not four"  # type: ignore[index]
+    assert "test_torchrun_reads_why" in failure.message["extraInfo"]["py_callstack"]  # type: ignore[index]
+    assert failure.timestamp > 1.7e9
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_torchrun_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    WholeErrorFile().record_exception(ValueError("five"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_killed_while_it_tells_why_is_started_again() -> None:
+    code, output = finish(ROOT / "tests/dying_script.py", [], 1, ("--max-restarts=1", "--monitor-interval=0.1"))
+    assert code == 0, output
+    assert "started again" in output
