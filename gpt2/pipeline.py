@@ -116,17 +116,16 @@ class Workers:
     Args:
         count: processes.
         tokenizer: as in a manifest; None to collect characters only.
-        fastest: see `Request`.
     """
 
-    def __init__(self, count: int, tokenizer: dict[str, Any] | None, fastest: bool = True) -> None:
+    def __init__(self, count: int, tokenizer: dict[str, Any] | None) -> None:
         self.count = count
         self._pool = ProcessPoolExecutor(
             max_workers=count,
             # Not forked: this process has threads, and workers start with nothing of its memory.
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
-            initargs=(tokenizer, fastest),
+            initargs=(tokenizer,),
         )
 
     def __enter__(self) -> Workers:
@@ -197,14 +196,14 @@ class _Worker:
     dtype: type[np.uint16] | type[np.uint32]
 
 
-def _start_worker(tokenizer: dict[str, Any] | None, fastest: bool) -> None:
+def _start_worker(tokenizer: dict[str, Any] | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if tokenizer is not None:
         made = tokenizer_from_dict(tokenizer)
         _Worker.encode = made.encode_array
-        if fastest and isinstance(made, GPT2Tokenizer):
-            _Worker.encode = made.fast_encoder()[0]
+        if isinstance(made, GPT2Tokenizer):
+            _Worker.encode = made.encode_fast
         _Worker.eot = made.eot_token
         _Worker.dtype = np.uint16 if made.n_vocab <= 2**16 else np.uint32
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from gpt2.assemble import Assembler, Layout
 from gpt2.errors import UserError
+from gpt2.fast_encode import FastEncoder
 from gpt2.hub import Fetcher
 from gpt2.manifest import MANIFEST_NAME, Manifest, Position, load_manifest, save_manifest
 from gpt2.pipeline import Part, Unit, Units, Workers, assemble_units
@@ -68,10 +69,9 @@ def _prepare(request: Request, say: Callable[[str], None]) -> Manifest:
             save_manifest(request.manifest_path, manifest)
         for stale in request.directory.glob(f".{_prefix(request)}_*.tmp"):
             stale.unlink()
-        if request.tokenizer == "gpt2":
-            package = gpt2_tokenizer().fast_encoder()[1] if request.fastest else "tiktoken"
-            say(f"tokenizing with {package} in {request.workers} process{'es' if request.workers > 1 else ''}")
-        with Workers(request.workers, manifest.tokenizer, request.fastest) as workers:
+        if request.tokenizer == "gpt2" and not isinstance(gpt2_tokenizer().encode_fast, FastEncoder):
+            say("the fast encoder is not exact with this tiktoken; tokenizing with tiktoken's own, which is slower")
+        with Workers(request.workers, manifest.tokenizer) as workers:
             for first, stop in _gaps(len(manifest.shards), missing, manifest.complete):
                 manifest = _make_shards(request, manifest, fetcher, workers, first, stop)
     say(f"{request.directory}: {totals(manifest)}")

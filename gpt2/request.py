@@ -35,7 +35,6 @@ class Request:
         workers: processes.
         part: None for the whole source.
         keep_downloads: leave fetched files in the scratch directory.
-        fastest: use riptoken where it is installed and gives identical ids; else tiktoken.
     """
 
     directory: Path
@@ -49,7 +48,6 @@ class Request:
     workers: int
     part: Part | None
     keep_downloads: bool = False
-    fastest: bool = True
 
     @property
     def manifest_path(self) -> Path:

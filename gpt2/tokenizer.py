@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpt2.errors import UserError
+from gpt2.fast_encode import HARD_CASES, FastEncoder
 
 _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _SHA256 = {
@@ -112,54 +113,12 @@ class GPT2Tokenizer:
         data: bytes = self._encoding.decode_bytes(ids)
         return data
 
-    def fast_encoder(self) -> tuple[Callable[[str], np.ndarray], str]:
-        """The fastest encoder that gives exactly these ids, and the package it comes from.
-
-        riptoken where it is installed and passes `_HARD_CASES`, else tiktoken. Arrays are uint16 or uint32.
-        """
-        if importlib.util.find_spec("riptoken") is not None:
-            try:
-                import riptoken
-
-                fast = riptoken.CoreBPE(self._ranks, {}, _GPT2_PATTERN).encode_ordinary
-                if all(list(fast(text)) == self.encode(text) for text in _HARD_CASES):
-                    return functools.partial(self._encode_by, fast), "riptoken"
-            except Exception:  # a foreign package of any version: whatever ails it, tiktoken is here
-                pass
-        return self.encode_array, "tiktoken"
-
-    def _encode_by(self, fast: Callable[[str], list[int]], text: str) -> np.ndarray:
-        try:
-            return np.array(fast(text), np.uint16)
-        except UnicodeEncodeError:  # a lone surrogate
-            return self.encode_array(text)
-
-
-# What tells GPT-2 encoders apart: white space before words and at the end, contractions in either
-# case, digits, scripts, combining marks, emoji, control characters, code, long repeats.
-_HARD_CASES = (
-    "",
-    " ",
-    "\n",
-    " \n \n",
-    "a  b   c\t\td \n\n e\r\n",
-    "trailing spaces   ",
-    "trailing newlines\n\n\n",
-    "I'm you're he'll we've they'd isn't it's I'M YOU'RE 'tis ''s",
-    "1 22 333 4444 55555 3.14159 1,000,000 ½ ² ٣ 五",
-    "def f(x):\n    return {'a': [1, 2, 3], \"b\": x ** 2}  # comment\n\n\tif x:\n\t\tpass\n",
-    "naïve café Ünïcödé Ångström œuvre ﬁne",
-    "e\u0301 a\u0308o\u0302 \u0301leading mark",
-    "Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا بالعالم नमस्ते दुनिया",
-    "你好，世界。こんにちは世界 안녕하세요 세계",
-    "emoji 👍🏽 👩‍👩‍👧‍👦 🇫🇷 ☃️",
-    "\x00\x01\x1c\x1f\x7f\x85\xa0\u2003\u2028\u3000\ufeff\ufffd\U0010ffff",
-    "nbsp\u00a0 \u00a0word\u2009thin",
-    "<|endoftext|> <|endoftext|>x <|fim_prefix|>",
-    "SolidGoldMagikarp rawdownloadcloneembedreportprint",
-    "http://example.com/a?b=c&d=%20#e__init__ CamelCaseHTTPServer2 snake_case_3",
-    "z" * 300 + " " * 300 + "=" * 300 + "ab" * 300 + "\n" * 300,
-)
+    @functools.cached_property
+    def encode_fast(self) -> Callable[[str], np.ndarray]:
+        """Like `encode_array`, by a faster way where that gives the ids of `HARD_CASES`; as uint16 or uint32."""
+        fast = FastEncoder(self._ranks, self.encode_array)
+        exact = all(np.array_equal(fast(text), self.encode_array(text)) for text in HARD_CASES)
+        return fast if exact else self.encode_array
 
 
 class CharTokenizer:

@@ -1,8 +1,9 @@
 """Tokens a second from parquet to finished shards: this pipeline against build-nanogpt's loop, and against the limit.
 
-The limit is one core that tokenizes text already in memory, times the number of workers. The baseline is written here
-as build-nanogpt writes it: `Pool.imap` over the rows of a `datasets` data set, one task a document, the parent filling
-the shard. It is given a data set whose Arrow files are ready, which `load_dataset` would first have to make.
+The limit is as many processes as there are workers, all at once, each tokenizing text that it has in memory already and
+dropping the ids: with tiktoken's fastest function, and with this project's way to the same ids. The baseline is written
+here as build-nanogpt writes it: `Pool.imap` over the rows of a `datasets` data set, one task a document, the parent
+filling the shard. It is given a data set whose Arrow files are ready, which `load_dataset` would first have to make.
 """
 
 from __future__ import annotations
@@ -28,48 +29,43 @@ import numpy as np
 from gpt2.errors import UserError
 
 _SHARD_TOKENS = 10_000_000
-_IN_MEMORY_BYTES = 8_000_000  # of text for the limit
+_IN_MEMORY_BYTES = 40_000_000  # of text for each process of the limit: seconds
+_IN_MEMORY_SIDES = ("tiktoken", "our encoder")
 _MIB = 2**20
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes there, else KiB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parser.add_argument("--source", nargs="+", metavar="PATH", help="parquet files [Python's own documentation]")
-    parser.add_argument("--megabytes", type=int, default=400, help="text to tokenize; the source is repeated to it")
+    parser.add_argument("--source", nargs="+", metavar="PATH", help="parquet files [Python's own library]")
+    parser.add_argument("--megabytes", type=int, default=600, help="text to tokenize; the source is repeated to it")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes on each side")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the sides take turns in each")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return medians, spread and ratios."""
-    from gpt2.tokenizer import gpt2_tokenizer
-
-    encoders = ["tiktoken"]
-    if gpt2_tokenizer().fast_encoder()[1] == "riptoken":
-        encoders.append("riptoken")
+    if args.workers < 1 or args.repeats < 1 or args.megabytes < 1:
+        raise UserError("--workers, --repeats and --megabytes must be at least 1")
     with tempfile.TemporaryDirectory(prefix="bench-tokenize-") as name:
         scratch = Path(name)
         sources, text_bytes = _write_source(args, scratch / "source")
         arrow = scratch / "arrow"
         _in_fresh_process(_prepare_arrow, sources, arrow)
-        sides: dict[str, Callable[[], dict[str, float]]] = {}
-        for encoder in encoders:
-            sides[f"limit {encoder}"] = partial(_in_fresh_process, _one_core, sources, encoder)
-            sides[f"ours {encoder}"] = partial(
-                _in_fresh_process, _ours, sources, scratch / "ours", args.workers, encoder
-            )
-        sides["baseline"] = partial(_in_fresh_process, _baseline, sources, arrow, scratch / "baseline", args.workers)
+        sides: dict[str, Callable[[], dict[str, float]]] = {
+            "tiktoken": partial(_in_fresh_process, _in_memory, sources, args.workers, "encode_array"),
+            "our encoder": partial(_in_fresh_process, _in_memory, sources, args.workers, "encode_fast"),
+            "ours": partial(_in_fresh_process, _ours, sources, scratch / "ours", args.workers),
+            "baseline": partial(_in_fresh_process, _baseline, sources, arrow, scratch / "baseline", args.workers),
+        }
         measured: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(args.repeats):
             for side, measure in sides.items():
                 measured[side].append(measure())
-    return _summary(args, encoders, measured, text_bytes)
+    return _summary(args, measured, text_bytes)
 
 
-def _summary(
-    args: argparse.Namespace, encoders: list[str], measured: dict[str, list[dict[str, float]]], text_bytes: int
-) -> dict[str, Any]:
+def _summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]]], text_bytes: int) -> dict[str, Any]:
     rates = {side: [m["tokens"] / m["seconds"] / 1e6 for m in rounds] for side, rounds in measured.items()}
     result: dict[str, Any] = {
         "configuration": {"workers": args.workers, "repeats": args.repeats, "text_bytes": text_bytes},
@@ -93,24 +89,22 @@ def _summary(
         result["sides"][side] = summary
         line = f"{side:<17}{summary['median']:>10.2f}{summary['low']:>8.2f}{summary['high']:>8.2f}"
         line += f"{summary['cpu_ns_per_token']:>12.0f}"
-        if not side.startswith("limit"):
+        if side not in _IN_MEMORY_SIDES:
             line += f"{summary['parent_cpu_ns_per_token']:>11.1f}"
             line += f"{summary['parent_bytes'] / _MIB:>9.0f}{summary['worker_bytes'] / _MIB:>7.0f}"
         print(line)
-    for encoder in encoders:
-        ours, limit = f"ours {encoder}", f"limit {encoder}"
+    for other in ("tiktoken", "our encoder", "baseline"):
         # Ratios within a round, so that what else the machine does meanwhile weighs on both sides. Processor time
         # weighs the sides without that: what the speed comes to on cores that do nothing else.
+        in_memory = " in memory" if other in _IN_MEMORY_SIDES else ""
         ratios = {
-            "of the limit": [o / (args.workers * c) for o, c in zip(rates[ours], rates[limit], strict=True)],
-            "of the baseline": [o / b for o, b in zip(rates[ours], rates["baseline"], strict=True)],
-            "of the limit by processor time": _cpu_ratios(measured[limit], measured[ours]),
-            "of the baseline by processor time": _cpu_ratios(measured["baseline"], measured[ours]),
+            f"{other}{in_memory}": [o / b for o, b in zip(rates["ours"], rates[other], strict=True)],
+            f"{other}{in_memory} by processor time": _cpu_ratios(measured[other], measured["ours"]),
         }
         for what, values in ratios.items():
             median = statistics.median(values)
-            result["ratios"][f"{encoder} {what}"] = {"median": median, "rounds": values}
-            print(f"ours with {encoder}: {median:.2f} {what}  ({min(values):.2f} to {max(values):.2f})")
+            result["ratios"][what] = {"median": median, "rounds": values}
+            print(f"ours: {median:.2f} × {what}  ({min(values):.2f} to {max(values):.2f})")
     return result
 
 
@@ -137,11 +131,16 @@ def _write_source(args: argparse.Namespace, directory: Path) -> tuple[list[str],
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from gpt2.sources import local_source
+
     directory.mkdir()
     if args.source:
-        tables = [pq.read_table(path, columns=["text"]) for path in args.source]
+        files = local_source(args.source).files
+        if any(file.kind != "parquet" for file in files):
+            raise UserError("--source: this benchmark reads parquet files only")
+        tables = [pq.read_table(file.path, columns=["text"]) for file in files]
     else:
-        tables = [pa.table({"text": _documentation()})]
+        tables = [pa.table({"text": _library_source()})]
     sizes = [sum(len(text.encode()) for text in table["text"].to_pylist() if text) for table in tables]
     paths: list[str] = []
     total = 0
@@ -154,8 +153,8 @@ def _write_source(args: argparse.Namespace, directory: Path) -> tuple[list[str],
     return paths, total
 
 
-def _documentation() -> list[str]:
-    """Docstrings of the standard library, several to a document of a few thousand characters."""
+def _library_source() -> list[str]:
+    """The source of the standard library's modules in documents of a few thousand characters."""
     import sysconfig
 
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -163,8 +162,17 @@ def _documentation() -> list[str]:
     return [text[i : i + 4000] for i in range(0, len(text), 4000)]
 
 
-def _one_core(sources: list[str], encoder: str) -> dict[str, float]:
-    """One process that tokenizes documents in memory and drops the ids."""
+def _in_memory(sources: list[str], workers: int, encoder: str) -> dict[str, float]:
+    """Processes that tokenize documents in memory, all at the same time, and drop the ids."""
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        alone = pool.starmap(_tokenize_in_memory, [(sources, encoder)] * workers, chunksize=1)
+    tokens = alone[0]["tokens"]
+    seconds = statistics.mean(result["seconds"] for result in alone)
+    cpu = statistics.mean(result["cpu"] for result in alone)
+    return {**alone[0], "tokens": tokens * workers, "seconds": seconds, "cpu": cpu * workers}
+
+
+def _tokenize_in_memory(sources: list[str], encoder: str) -> dict[str, float]:
     import pyarrow.parquet as pq
 
     from gpt2.tokenizer import gpt2_tokenizer
@@ -174,13 +182,12 @@ def _one_core(sources: list[str], encoder: str) -> dict[str, float]:
         texts += pq.read_table(path, columns=["text"])["text"].to_pylist()
         if sum(map(len, texts)) > _IN_MEMORY_BYTES:
             break
-    tokenizer = gpt2_tokenizer()
-    encode = tokenizer.fast_encoder()[0] if encoder == "riptoken" else tokenizer.encode_array
+    encode = getattr(gpt2_tokenizer(), encoder)
     usage = _Usage()
     return usage.result(sum(len(encode(text)) for text in texts))
 
 
-def _ours(sources: list[str], directory: str, workers: int, encoder: str) -> dict[str, float]:
+def _ours(sources: list[str], directory: str, workers: int) -> dict[str, float]:
     """The pipeline as `data/fineweb.py` calls it, worker processes' start included."""
     from gpt2.prepare import prepare
     from gpt2.request import Request
@@ -200,7 +207,6 @@ def _ours(sources: list[str], directory: str, workers: int, encoder: str) -> dic
         max_tokens=None,
         workers=workers,
         part=None,
-        fastest=encoder == "riptoken",
     )
     manifest = prepare(request, lambda line: None)
     return usage.result(sum(entry.tokens for entry in manifest.shards))
