@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2.config import ModelConfig
+from gpt2.tiled_attention import tiled_attention
 
 
 class KVCache:
@@ -225,15 +226,17 @@ class CausalSelfAttention(nn.Module):
         T, S = q.size(2), k.size(2)
         window = None if self.window is not None and self.window >= S else self.window
         dropout = self.dropout if self.training else 0.0
-        flex = mask is None and T == S and q.is_cuda and torch.compiler.is_compiling() and not dropout
+        whole = mask is None and 1 < T == S and torch.compiler.is_compiling() and not dropout  # rows in training's way
         if self.recorder is not None:
             y, weights = plain_attention(q, k, v, self._mask(T, S, q.device) if mask is None else mask)
             self.recorder.append(weights)
             return y
         if mask is None and T == 1 and window is not None:  # a last token sees the last keys
             k, v = k[:, :, -window:], v[:, :, -window:]
-        elif flex and window is not None:
+        elif whole and q.is_cuda and window is not None:
             return flex_window_attention(q, k, v, window)
+        elif whole and q.device.type == "cpu" and q.dtype == torch.bfloat16:  # in fp32 it is no faster
+            return tiled_attention(q, k, v, window)
         elif mask is None and T > 1 and (window is not None or T < S):
             mask = self._mask(T, S, q.device)
         return F.scaled_dot_product_attention(

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt2.distributed import World, whole
 from gpt2.errors import UserError
@@ -32,6 +31,7 @@ from gpt2.hellaswag_data import ENDINGS, Example
 from gpt2.hellaswag_rows import Convention, Row, Rows, make_rows, pack, plan
 from gpt2.loss import softcap
 from gpt2.model import GPT
+from gpt2.packed import PackedLinear, can_pack, scoring_copy
 from gpt2.tokenizer import GPT2Tokenizer, Tokenizer
 
 CPU_TOKEN_BUDGET = 2048
@@ -100,34 +100,39 @@ class Head:
     Args:
         model: sharded or not; every process must make its Head at the same time.
         dtype: of the product.
-        chunk: positions at a time; chunk · vocabulary fp32 logits are the peak of memory.
+        chunk: positions at a time; chunk · vocabulary logits in `dtype` are the peak of memory.
+        tile: of them at a time in fp32; on a CPU few enough to stay in its cache.
     """
 
-    def __init__(self, model: GPT, dtype: torch.dtype, chunk: int):
+    def __init__(self, model: GPT, dtype: torch.dtype, chunk: int, tile: int):
         weight = whole(model.lm_head.weight.detach())
         self.vocab_size = model.config.vocab_size
         self.cap = model.config.logit_softcap
-        self.chunk = chunk
+        self.chunk, self.tile = chunk, tile
         self.mean: Tensor | None = None
         if dtype != torch.float32:
             weight = weight.float()
             self.mean = weight[: self.vocab_size].mean(dim=0)  # (C,)
             weight = weight - self.mean
-        self.weight = weight.to(dtype)  # (V, C)
+        head = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+        head.weight = nn.Parameter(weight.to(dtype), requires_grad=False)  # (V, C)
+        self.linear = PackedLinear(head, chunk) if weight.device.type == "cpu" and can_pack(dtype) else head
+        self.dtype = dtype
 
     def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(n, C) states and the (n, k) ids they predict, to (n, k) log-probabilities in nats, fp32."""
         result = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), self.chunk):
-            rows = slice(start, start + self.chunk)
-            h = hidden[rows]
-            logits = F.linear(h.to(self.weight.dtype), self.weight).float()  # (chunk, V)
-            if self.cap is not None:
-                if self.mean is not None:
-                    logits += (h.float() @ self.mean)[:, None]
-                logits = softcap(logits, self.cap)
-            logits[:, self.vocab_size :] = float("-inf")
-            result[rows] = logits.log_softmax(dim=1).gather(1, targets[rows])
+            h = hidden[start : start + self.chunk]
+            logits = self.linear(h.to(self.dtype))[:, : self.vocab_size]  # (chunk, V)
+            shift = None if self.mean is None or self.cap is None else (h.float() @ self.mean)[:, None]  # (chunk, 1)
+            for first in range(0, len(h), self.tile):
+                rows = slice(first, first + self.tile)
+                tile = logits[rows].float()  # (tile, V)
+                if self.cap is not None:
+                    tile = softcap(tile if shift is None else tile + shift[rows], self.cap)
+                after = slice(start + first, start + first + len(tile))
+                result[after] = tile.log_softmax(dim=1).gather(1, targets[after])
         return result
 
 
@@ -188,7 +193,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        head = Head(model, dtype, chunk=128 if on_cpu else 2048)
+        head = Head(model, dtype, chunk=1024 if on_cpu else 2048, tile=16 if on_cpu else 2048)
+        # Packing is for the uncompiled; and weights are packed anew for each evaluation, in less than a batch takes.
+        scorer = model if compiled else scoring_copy(model, dtype, token_budget)
         scores: list[tuple[list[Row], np.ndarray, Tensor]] = []
         done = scored = 0
         with (
@@ -198,7 +205,7 @@ def evaluate(
             for batch in batches:
                 mine = [rows[i] for i in batch.members[world.rank :: world.size]]
                 arrays = pack(mine, batch.rows, batch.length)
-                log_probs = _score(model, head, arrays, device)
+                log_probs = _score(scorer, head, arrays, device)
                 scores.append((mine, arrays["ending"], log_probs))
                 scored += len(arrays["heads"])
                 done += len(batch.members)

@@ -1,8 +1,9 @@
-"""A model's copy for decoding on a CPU: weights in the type to compute in, laid out for oneDNN once.
+"""A model's copy for inference on a CPU: weights in the type to compute in, laid out for oneDNN once.
 
-A step of decoding multiplies a few rows by every weight, so its time is that of reading the weights. For a plain
-`nn.Linear`, oneDNN brings the weight into its own blocked layout on every call, which costs as much again, and several
-times as much for the head. `torch.compile` avoids it by the same two operators, after minutes of compiling.
+For a plain `nn.Linear`, oneDNN brings the weight into its own blocked layout on every call. That costs a step of
+decoding, which multiplies a few rows by every weight, as much again as the product, and several times as much for the
+head; many rows gain less in bf16, but in fp32 `nn.Linear` goes to another library, which is slower on AMD's processors.
+`torch.compile` takes the same two operators, after minutes of compiling.
 """
 
 from __future__ import annotations
@@ -11,27 +12,39 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from gpt2.model import GPT
+from gpt2.model import GPT, Block
+
+_FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "relu": ("relu", "")}
+"""Activations that oneDNN applies to a product before it stores it."""
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference, with the weight in oneDNN's layout.
+    """`nn.Linear` for inference, with the weight in oneDNN's layout, and an activation behind it.
 
     Args:
         linear: to compute the same as.
         rows: inputs at a time it is laid out for; any number gives the same result.
+        dtype: to compute in, whatever the inputs are; None: the weight's.
+        activation: of `_FUSED`; None: none.
     """
 
-    def __init__(self, linear: nn.Linear, rows: int):
+    def __init__(
+        self, linear: nn.Linear, rows: int, dtype: torch.dtype | None = None, activation: str | None = None
+    ) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)  # not a buffer: no one may save it
-        self.bias = linear.bias
+        self.dtype = dtype or weight.dtype
+        # Not buffers: no one may save them.
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype), rows)
+        self.bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
+        self.activation = ("none", "") if activation is None else _FUSED[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        """(..., in_features) to (..., out_features), in `dtype`."""
+        name, variant = self.activation
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, name, [], variant)
         return y
 
 
@@ -67,8 +80,42 @@ def decoding_copy(model: GPT, dtype: torch.dtype | None = None, rows: int = 1) -
     }
     fast = copy.deepcopy(model, memo)  # takes the parameters from the memo, tied ones tied
     if pack:
-        for name, module in list(fast.named_modules()):
-            if type(module) is nn.Linear:
-                parent, _, child = name.rpartition(".")
-                setattr(fast.get_submodule(parent), child, PackedLinear(module, rows))
+        _pack_blocks(fast, dtype, rows)
+        fast.lm_head = PackedLinear(fast.lm_head, rows)  # type: ignore[assignment]
     return fast
+
+
+def scoring_copy(model: GPT, dtype: torch.dtype, rows: int) -> GPT:
+    """A copy whose blocks multiply in `dtype`, all else in fp32 as under autocast; shares every other parameter.
+
+    The model itself where its weights are sharded, or not on a CPU that packs them.
+
+    Args:
+        model: is left alone; its head, too, serves the copy as it is.
+        dtype: of the blocks' matrix products.
+        rows: tokens that will be scored at a time.
+    """
+    weight = model.wte.weight
+    if isinstance(weight, DTensor) or weight.device.type != "cpu" or not can_pack(dtype):
+        return model
+    fast = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    _pack_blocks(fast, dtype, rows)
+    return fast
+
+
+def _pack_blocks(model: GPT, dtype: torch.dtype, rows: int) -> None:
+    """Put packed layers in place of the blocks' linear ones."""
+    for block in model.h:
+        assert isinstance(block, Block)
+        mlp = block.mlp
+        activation = mlp.activation if mlp.activation in _FUSED else None
+        packed: dict[str, nn.Module] = {
+            "attn.c_attn": PackedLinear(block.attn.c_attn, rows, dtype),
+            "attn.c_proj": PackedLinear(block.attn.c_proj, rows, dtype),
+            "mlp.c_fc": PackedLinear(mlp.c_fc, rows, dtype, activation),
+            "mlp.c_proj": PackedLinear(mlp.c_proj, rows, dtype),
+        }
+        if activation is not None:
+            packed["mlp"] = nn.Sequential(packed.pop("mlp.c_fc"), packed.pop("mlp.c_proj"))
+        for name, layer in packed.items():
+            block.set_submodule(name, layer)

@@ -91,7 +91,7 @@ def presets() -> dict[str, tuple[str, Config]]:
                 ),
                 run=RunConfig(
                     run_dir=Path("runs/shakespeare-char"),
-                    max_steps=900,
+                    max_steps=750,
                     eval_every=150,
                     hellaswag_limit=0,
                     num_samples=1,

@@ -116,7 +116,7 @@ def test_memory_is_bounded_by_the_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     linear = torch.nn.functional.linear
     monkeypatch.setattr("gpt2.hellaswag.F.linear", lambda h, w: chunks.append(len(h)) or linear(h, w))
     model = make_model(SHAPES["gpt2"])
-    Head(model, torch.float32, chunk=5).log_probs(torch.randn(12, 32), torch.zeros(12, 4, dtype=torch.long))
+    Head(model, torch.float32, chunk=5, tile=2).log_probs(torch.randn(12, 32), torch.zeros(12, 4, dtype=torch.long))
     assert chunks == [5, 5, 2]
 
 
@@ -230,7 +230,7 @@ def test_bf16_logits_far_from_zero_keep_their_differences(cap: float | None) -> 
     exact = model.logits(hidden).log_softmax(-1).gather(1, targets)
     assert model.logits(hidden).mean() < (-90 if cap is None else -80)
 
-    ours = Head(model, torch.bfloat16, 128).log_probs(hidden, targets)
+    ours = Head(model, torch.bfloat16, chunk=128, tile=16).log_probs(hidden, targets)
     with torch.autocast("cpu", torch.bfloat16):
         plain = model.logits(hidden).float().log_softmax(-1).gather(1, targets)
     assert (plain - exact).abs().max() > 0.15  # what is avoided
@@ -241,7 +241,7 @@ def test_head_gives_padding_no_probability_and_is_fp32() -> None:
     model = make_model(SHAPES["gpt2"])
     hidden = torch.randn(3, 32) * 4
     targets = torch.arange(50257)[None].expand(3, -1)
-    log_probs = Head(model, torch.float32, 2).log_probs(hidden, targets)
+    log_probs = Head(model, torch.float32, chunk=2, tile=2).log_probs(hidden, targets)
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(3))
     torch.testing.assert_close(log_probs, model.logits(hidden).log_softmax(-1))

@@ -9,7 +9,7 @@ from torch import nn
 from gpt2 import packed
 from gpt2.config import ModelConfig
 from gpt2.model import GPT
-from gpt2.packed import PackedLinear, can_pack, decoding_copy
+from gpt2.packed import PackedLinear, can_pack, decoding_copy, scoring_copy
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch has no oneDNN")
 
@@ -33,6 +33,42 @@ def test_any_number_of_rows_gives_the_plain_layers_result(dtype: torch.dtype, bi
         x = torch.randn(shape).to(dtype)
         with torch.inference_mode():
             torch.testing.assert_close(layer(x), linear(x))
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu"])
+def test_an_activation_behind_the_product(dtype: torch.dtype, activation: str) -> None:
+    if not can_pack(dtype):
+        pytest.skip(f"this CPU does not multiply packed {dtype}")
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 200)
+    x = 3 * torch.randn(64, 96)
+    plain = {"gelu_tanh": nn.GELU("tanh"), "gelu": nn.GELU(), "relu": nn.ReLU()}[activation](linear(x))
+    with torch.inference_mode():
+        y = PackedLinear(linear, 64, dtype, activation)(x)
+    assert y.dtype == dtype
+    tolerance = {} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.02}
+    torch.testing.assert_close(y.float(), plain.detach(), **tolerance)
+
+
+@needs_packing
+@pytest.mark.parametrize("changes", [{}, {"activation": "swiglu"}, {"activation": "relu2", "tie_embeddings": False}])
+def test_the_scoring_copy_has_the_models_states(changes: dict[str, object]) -> None:
+    model = build(**changes)
+    names = [name for name, _ in model.named_parameters()]
+    tokens = torch.randint(0, 70, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        fast = scoring_copy(model, torch.float32, 32)
+        torch.testing.assert_close(fast.hidden(tokens), model.hidden(tokens))
+        if can_pack(torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16):
+                half, expected = scoring_copy(model, torch.bfloat16, 32).hidden(tokens), model.hidden(tokens)
+            assert half.dtype == expected.dtype
+            torch.testing.assert_close(half.float(), expected.float(), atol=0.05, rtol=0.05)
+    assert [name for name, _ in model.named_parameters()] == names  # the model itself is left alone
+    assert fast.wte.weight is model.wte.weight
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 @needs_packing

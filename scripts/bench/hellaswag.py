@@ -105,8 +105,9 @@ class Side:
         """Contexts of a batch padded to the longest, then four rows of endings an example behind their keys."""
         rows = sorted(make_rows(examples, self.tokenizer, "completion", 1024).rows, key=lambda row: -row.length)
         device, config = self.device, self.model.config
-        head = Head(self.model, self.dtype, 128 if device.type == "cpu" else 2048)
-        budget = CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET
+        cpu = device.type == "cpu"
+        head = Head(self.model, self.dtype, chunk=1024 if cpu else 2048, tile=16 if cpu else 2048)
+        budget = CPU_TOKEN_BUDGET if cpu else GPU_TOKEN_BUDGET
         result = np.zeros(4 * len(examples))
         start = 0
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
