@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gpt2.figures import save_figure
 from gpt2.manifest import Manifest, merge_lengths, percentile
 
 
 def plot_lengths(manifest: Manifest, path: Path) -> Path:
     """Draw the histogram of document lengths (tokens, logarithmic) with its median and 90th percentile as PNG."""
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lengths = merge_lengths(entry.lengths for entry in manifest.shards)
     values = np.array([max(edge, 1) for edge in lengths], float)
     counts = np.array(list(lengths.values()), float)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     # Four bins an octave: wider than the manifest's own, so none is empty for want of resolution.
     top = max(np.ceil(np.log2(values.max(initial=2))), 1)
@@ -33,5 +32,4 @@ def plot_lengths(manifest: Manifest, path: Path) -> Path:
     axes.set_title(f"{manifest.name}: {int(counts.sum()):,} documents")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    return path
+    return save_figure(figure, path)

@@ -55,7 +55,7 @@ def make_optimizers(model: nn.Module, config: OptimConfig, device: torch.device)
             raise UserError(f"PyTorch {torch.__version__} has no Muon; use --optimizer adamw or PyTorch 2.9 or later")
         optimizers.append(
             torch.optim.Muon(
-                [{"name": "Muon", "params": list(muon.values())}],
+                [{"name": "blocks' matrices", "params": list(muon.values())}],
                 lr=config.muon_learning_rate,
                 weight_decay=config.weight_decay,
                 momentum=config.muon_momentum,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2.figures import save_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -25,13 +27,12 @@ def save_plots(report: Mapping[str, Any], directory: Path, *, log_tokens: bool =
 
     Raises:
         ImportError: matplotlib is not installed.
+        UserError: they cannot be written there.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     def save(name: str, rows: int, draw: Callable[[list[Axes]], None]) -> Path:
         figure = Figure(figsize=(8.4, 4.8 if rows == 1 else 2.1 * rows), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
         axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
         for ax in axes:
             ax.grid(color="#eceff3")
@@ -43,11 +44,7 @@ def save_plots(report: Mapping[str, Any], directory: Path, *, log_tokens: bool =
             axes[-1].set_xscale("log")
         else:
             axes[-1].xaxis.set_major_formatter(lambda value, _: short(value))
-        path = directory / name
-        part = path.with_name(f".{name}.part")
-        figure.savefig(part, format="png")
-        part.replace(path)
-        return path
+        return save_figure(figure, directory / name)
 
     paths = [save("loss.png", 1, lambda axes: _loss(axes[0], report))]
     if any(run["hellaswag"]["step"] for run in report["runs"]):

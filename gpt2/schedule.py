@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from gpt2.config import OptimConfig
+from gpt2.figures import save_figure
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -34,21 +35,17 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def plot_schedule(path: Path, total_steps: int, config: OptimConfig) -> None:
-    """Draw the learning rate over the run's steps as an image."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draw the learning rate over the run's steps. UserError where the picture cannot be written."""
+    from matplotlib.figure import Figure
 
     points = sorted(
         {round(i * (total_steps - 1) / 2000) for i in range(2001)} | {min(config.warmup_steps, total_steps)}
     )
-    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    figure = Figure(figsize=(8, 3.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     axes.plot(points, [config.learning_rate * lr_factor(step, total_steps, config) for step in points])
     axes.set(xlabel="step", ylabel="learning rate", title=f"{config.schedule}, {config.warmup_steps} steps of warm-up")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -21,6 +21,7 @@ from torch import Tensor
 from gpt2.attention import recorded_weights
 from gpt2.distributed import pick_device
 from gpt2.errors import UserError, run_cli
+from gpt2.figures import save_figure
 from gpt2.huggingface import load_pretrained
 from gpt2.model import GPT
 
@@ -76,19 +77,15 @@ def draw(weights: Tensor, labels: Sequence[str], title: str, out: Path) -> None:
         title: above all.
         out: the file; its folder is made.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     n_head, T, _ = weights.shape
     columns = min(n_head, 4 if T <= 24 else 3)
     rows = math.ceil(n_head / columns)
     longest = max(map(len, labels))
     side = 0.17 * T + 0.085 * longest + 0.7  # inches: cells a label of 8 points fits beside, and the labels themselves
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * side, rows * side + 0.5), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(columns * side, rows * side + 0.5), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     for head, ax in enumerate(axes.flat):
         if head >= n_head:
@@ -110,13 +107,7 @@ def draw(weights: Tensor, labels: Sequence[str], title: str, out: Path) -> None:
     figure.suptitle(title, fontsize=11)
     figure.supylabel("a token …", fontsize=9)
     figure.supxlabel("… looks at", fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(out, format="png", dpi=100)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, out)
 
 
 def main() -> int:

@@ -35,11 +35,14 @@ def load(name: str) -> Any:
     """The module of a benchmark: `add_arguments(parser)` and `run(args)`, which prints and returns JSON values.
 
     Raises:
-        UserError: there is no such benchmark.
+        UserError: there is no such benchmark, or a package it needs is not installed.
     """
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
-    return importlib.import_module(f"bench.{name}")
+    try:
+        return importlib.import_module(f"bench.{name}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"benchmark {name} needs the package {error.name}; pip install -e '.[full,test]'") from None
 
 
 def main() -> int:

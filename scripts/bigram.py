@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gpt2.distributed import pick_device
 from gpt2.errors import UserError, run_cli
+from gpt2.figures import save_figure
 from gpt2.generate import generate
 from gpt2.huggingface import load_pretrained
 from gpt2.loss import IGNORE
@@ -197,12 +198,10 @@ def gpt_baseline(spec: str, val: Tensor, tokenizer: CharTokenizer, seed: int, de
 
 def plot(rows: Sequence[Baseline], floor: float, out: Path) -> None:
     """Validation losses as bars, the floor of all bigram models as a line, as PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), dpi=110, layout="constrained")
+    ax = figure.subplots()
     bars = ax.barh([row.name for row in rows], [row.loss for row in rows], color="tab:blue")
     ax.bar_label(bars, fmt="%.3f", padding=3)
     ax.axvline(floor, color="tab:red", lw=1, ls="--", label=f"entropy floor of bigrams {floor:.3f}")
@@ -211,13 +210,7 @@ def plot(rows: Sequence[Baseline], floor: float, out: Path) -> None:
     ax.set_xlabel("validation loss, nats a character")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(out, format="png", dpi=110)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, out)
 
 
 def main() -> int:
