@@ -18,6 +18,7 @@ from gpt2.attention import (
     KVCache,
     attention_mask,
     flex_window_attention,
+    masked_attention,
     plain_attention,
     recorded_weights,
     rotary_tables,
@@ -135,6 +136,35 @@ def test_cudnn_comes_first_on_hopper_only(
     with training_backends(torch.device("cpu")):
         pass
     assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_masked_attention_is_the_definition(n_kv_head: int) -> None:
+    q, k, v = heads(4, n_kv_head, 12)
+    mask = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask |= torch.eye(12, dtype=torch.bool)
+    expected = plain_attention(q, k, v, mask)[0]
+    torch.testing.assert_close(masked_attention(q, k, v, mask), expected)
+    half = masked_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, atol=0.05, rtol=0.02)
+
+
+def test_a_cpu_scores_masked_rows_in_bf16_by_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.dtype] = []
+
+    def spy(q: Tensor, *rest: Tensor) -> Tensor:
+        used.append(q.dtype)
+        return masked_attention(q, *rest)
+
+    monkeypatch.setattr(attention, "masked_attention", spy)
+    attend, mask = layer(4, 2).attend, torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (x.to(dtype) for x in heads(4, 2, 6))
+        attend(q, k, v, mask)  # may need a gradient
+        with torch.no_grad():
+            torch.testing.assert_close(attend(q, k, v, mask), attend(q, k, v, None), atol=0.02, rtol=0.02)
+    assert used == [torch.bfloat16]
 
 
 def test_rotation_is_multiplication_by_a_complex_number() -> None:
