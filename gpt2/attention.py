@@ -13,6 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpt2.config import ModelConfig
 from gpt2.tiled_attention import tiled_attention
 
+MAX_SCORES = 2**26
+"""Of `masked_attention`, which has them all in memory at a time: 128 MiB in bf16."""
+
 
 class KVCache:
     """Keys and values of the tokens seen so far, for every block; filled in place.
@@ -123,13 +126,15 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q: (B, n_head, T, head_dim).
         k: (B, n_kv_head, S, head_dim).
         v: as k.
-        mask: (B or 1, 1, T, S) bool, True where a query may look; somewhere for each.
+        mask: (B or 1, 1, T, S) bool, True where a query may look. One that may look nowhere gets something finite.
     """
     groups = q.size(1) // k.size(1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
-    scores += torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    # Not -∞, of which a whole row makes NaN; half, so that no score added to it makes one.
+    low = torch.finfo(q.dtype).min / 2
+    scores += torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, low)
     return scores.softmax(dim=-1) @ v
 
 
@@ -260,7 +265,8 @@ class CausalSelfAttention(nn.Module):
             return tiled_attention(q, k, v, window)
         elif mask is None and T > 1 and (window is not None or T < S):
             mask = self._mask(T, S, q.device)
-        if mask is not None and products and not torch.is_grad_enabled():
+        few = q.size(0) * self.n_head * T * S <= MAX_SCORES
+        if mask is not None and products and few and not torch.is_grad_enabled():
             return masked_attention(q, k, v, mask)
         return F.scaled_dot_product_attention(
             q,

@@ -22,6 +22,8 @@ def save_figure(figure: Figure, path: Path) -> Path:
     Raises:
         UserError: it cannot be written there, or not in that format.
     """
+    if not path.name:
+        raise UserError(f"cannot write a picture to {path}: that is a folder; name a file")
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

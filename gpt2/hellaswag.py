@@ -100,8 +100,8 @@ class Head:
     Args:
         model: sharded or not; every process must make its Head at the same time.
         dtype: of the product.
-        chunk: positions at a time; chunk · vocabulary logits in `dtype` are the peak of memory.
-        tile: of them at a time in fp32; on a CPU few enough to stay in its cache.
+        chunk: positions at a time; the peak of memory is chunk · vocabulary logits in `dtype`, and
+        tile: of them at a time in fp32, twice. On a CPU few enough to stay in its cache.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, chunk: int, tile: int):

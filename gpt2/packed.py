@@ -12,7 +12,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from gpt2.model import GPT, Block
 
@@ -95,8 +95,7 @@ def scoring_copy(model: GPT, dtype: torch.dtype, rows: int) -> GPT:
         dtype: of the blocks' matrix products.
         rows: tokens that will be scored at a time.
     """
-    weight = model.wte.weight
-    if isinstance(weight, DTensor) or weight.device.type != "cpu" or not can_pack(dtype):
+    if isinstance(model, FSDPModule) or model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return model
     fast = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     _pack_blocks(fast, dtype, rows)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TILE = 256
 """Queries at a time. Smaller ones skip more of the future, but take longer to compile, and multiply more slowly."""
@@ -57,6 +58,7 @@ class _TiledAttention(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, denominator = ctx.saved_tensors
         T = q.size(1)

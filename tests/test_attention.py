@@ -143,6 +143,8 @@ def test_masked_attention_is_the_definition(n_kv_head: int) -> None:
     q, k, v = heads(4, n_kv_head, 12)
     mask = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0)) < 0.5
     mask |= torch.eye(12, dtype=torch.bool)
+    nowhere = masked_attention(q, k, v, torch.zeros_like(mask))
+    assert nowhere.isfinite().all()
     expected = plain_attention(q, k, v, mask)[0]
     torch.testing.assert_close(masked_attention(q, k, v, mask), expected)
     half = masked_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
@@ -165,6 +167,10 @@ def test_a_cpu_scores_masked_rows_in_bf16_by_products(monkeypatch: pytest.Monkey
         with torch.no_grad():
             torch.testing.assert_close(attend(q, k, v, mask), attend(q, k, v, None), atol=0.02, rtol=0.02)
     assert used == [torch.bfloat16]
+    monkeypatch.setattr(attention, "MAX_SCORES", 2 * 4 * 6 * 6 - 1)
+    with torch.no_grad():
+        attend(q, k, v, mask)
+    assert len(used) == 1
 
 
 def test_rotation_is_multiplication_by_a_complex_number() -> None:

@@ -27,6 +27,8 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
     with pytest.raises(UserError, match="cannot write"):
         save_figure(Figure(figsize=(1, 1)), tmp_path / "a.png")
+    with pytest.raises(UserError, match="that is a folder"):
+        save_figure(Figure(), Path("."))
     with pytest.raises(UserError, match=r"cannot draw .*a\.xyz: .*not supported") as error:
         save_figure(Figure(), tmp_path / "a.xyz")
     assert "\n" not in str(error.value)

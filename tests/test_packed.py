@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gpt2 import packed
+from gpt2.compile import compile_model
 from gpt2.config import ModelConfig
 from gpt2.model import GPT
 from gpt2.packed import PackedLinear, can_pack, decoding_copy, scoring_copy
@@ -53,19 +54,30 @@ def test_an_activation_behind_the_product(dtype: torch.dtype, activation: str) -
 
 
 @needs_packing
-@pytest.mark.parametrize("changes", [{}, {"activation": "swiglu"}, {"activation": "relu2", "tie_embeddings": False}])
-def test_the_scoring_copy_has_the_models_states(changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"activation": "swiglu", "position": "rope"}, {"activation": "relu2", "tie_embeddings": False}]
+)
+def test_the_scoring_copy_has_the_models_states(changes: dict[str, object], compiled: bool) -> None:
     model = build(**changes)
+    if compiled:  # the copy's blocks are not
+        compile_model(model)
+        torch._dynamo.utils.counters.clear()
     names = [name for name, _ in model.named_parameters()]
     tokens = torch.randint(0, 70, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         fast = scoring_copy(model, torch.float32, 32)
-        torch.testing.assert_close(fast.hidden(tokens), model.hidden(tokens))
+        assert sum(isinstance(module, PackedLinear) for module in fast.modules()) == 2 * 4
+        states = fast.hidden(tokens)
+        assert not torch._dynamo.utils.counters["stats"]
+        torch.compiler.set_stance("force_eager")
+        torch.testing.assert_close(states, model.hidden(tokens))
         if can_pack(torch.bfloat16):
             with torch.autocast("cpu", torch.bfloat16):
                 half, expected = scoring_copy(model, torch.bfloat16, 32).hidden(tokens), model.hidden(tokens)
             assert half.dtype == expected.dtype
             torch.testing.assert_close(half.float(), expected.float(), atol=0.05, rtol=0.05)
+    torch.compiler.set_stance("default")
     assert [name for name, _ in model.named_parameters()] == names  # the model itself is left alone
     assert fast.wte.weight is model.wte.weight
     assert not any(isinstance(module, PackedLinear) for module in model.modules())

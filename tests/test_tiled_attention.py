@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2 import attention
 from gpt2 import tiled_attention as module
 from gpt2.attention import attention_mask, plain_attention
 from gpt2.compile import compile_model
@@ -87,7 +88,18 @@ def test_bf16_errs_no_more_than_plain_products() -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="bf16 on this CPU is emulated")
-def test_a_compiled_model_in_bf16_has_the_eager_models_gradients() -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_model_in_bf16_has_the_eager_models_gradients(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    lengths: list[int] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        lengths.append(q.size(2))
+        return tiled_attention(q, k, v, window)
+
+    monkeypatch.setattr(module, "TILE", 16)
+    monkeypatch.setattr(attention, "tiled_attention", spy)
     config = ModelConfig(
         n_layer=2, n_head=4, n_kv_head=2, n_embd=64, block_size=48, vocab_size=70, window=20, position="rope"
     )
@@ -96,11 +108,15 @@ def test_a_compiled_model_in_bf16_has_the_eager_models_gradients() -> None:
     for compiled in (False, True):
         model = GPT(config).init_weights(0)
         if compiled:
+            assert not lengths  # what is not compiled does without
             torch.compiler.reset()
             compile_model(model)
+            model.activation_checkpointing = checkpointing
         with torch.autocast("cpu", torch.bfloat16):
             model(tokens, tokens.roll(-1, 1)).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert lengths
+    assert set(lengths) == {48}
     eager, fast = gradients
     assert eager.keys() == fast.keys()
     for name, gradient in eager.items():

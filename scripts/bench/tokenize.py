@@ -82,10 +82,13 @@ def _summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]
             "low": min(rates[side]),
             "high": max(rates[side]),
             "cpu_ns_per_token": statistics.median(m["cpu"] / m["tokens"] * 1e9 for m in rounds),
-            "parent_cpu_ns_per_token": statistics.median(m["parent_cpu"] / m["tokens"] * 1e9 for m in rounds),
-            "parent_bytes": max(m["parent_bytes"] for m in rounds),
-            "worker_bytes": max(m["worker_bytes"] for m in rounds),
         }
+        if side not in _IN_MEMORY_SIDES:
+            summary |= {
+                "parent_cpu_ns_per_token": statistics.median(m["parent_cpu"] / m["tokens"] * 1e9 for m in rounds),
+                "parent_bytes": max(m["parent_bytes"] for m in rounds),  # the baseline's with its mapped Arrow files
+                "worker_bytes": max(m["worker_bytes"] for m in rounds),
+            }
         result["sides"][side] = summary
         line = f"{side:<17}{summary['median']:>10.2f}{summary['low']:>8.2f}{summary['high']:>8.2f}"
         line += f"{summary['cpu_ns_per_token']:>12.0f}"
