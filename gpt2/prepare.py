@@ -71,6 +71,7 @@ def _prepare(request: Request, say: Callable[[str], None]) -> Manifest:
             stale.unlink()
         if request.tokenizer == "gpt2" and not isinstance(gpt2_tokenizer().encode_fast, FastEncoder):
             say("the fast encoder is not exact with this tiktoken; tokenizing with tiktoken's own, which is slower")
+        say(f"tokenizing in {request.workers} process{'es' if request.workers > 1 else ''}")
         with Workers(request.workers, manifest.tokenizer) as workers:
             for first, stop in _gaps(len(manifest.shards), missing, manifest.complete):
                 manifest = _make_shards(request, manifest, fetcher, workers, first, stop)

@@ -153,7 +153,7 @@ def test_a_users_session(tmp_path):
     command = ["--source", f"{source}/*.parquet", "--out", out, "--shard-tokens", "10k", "--workers", 1]
     code, printed, error = run(*command, "--plot")
     assert (code, error) == (0, "")
-    assert "token in 1 process\n" in printed
+    assert "tokenizing in 1 process\n" in printed
     for expected in ("documents            400", "bytes per token", "tokens per second", "p50", "document_lengths.png"):
         assert expected in printed
     assert (out / "document_lengths.png").read_bytes()[:4] == b"\x89PNG"

@@ -44,7 +44,7 @@ def test_every_parameter_is_in_one_group(optimizer: str, tied: bool) -> None:
     }
     assert not names
     assert all("bias" in n or "ln_" in n for n in groups["AdamW not decayed"])
-    matrices = groups["Muon Muon" if optimizer == "muon" else "AdamW decayed"]
+    matrices = groups["Muon blocks' matrices" if optimizer == "muon" else "AdamW decayed"]
     assert {"h.0.attn.c_attn.weight", "h.1.mlp.c_proj.weight"} <= set(matrices)
     if optimizer == "muon":
         assert groups["AdamW decayed"] == ([] if tied else ["lm_head.weight"]) + ["wpe.weight", "wte.weight"]
