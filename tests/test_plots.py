@@ -15,7 +15,7 @@ from gpt2.runs import open_run
 pytest.importorskip("matplotlib")
 
 
-def check(paths: list[Path], names: list[str]) -> None:
+def check_pictures(paths: list[Path], names: list[str]) -> None:
     assert [path.name for path in paths] == names
     for path in paths:
         head = path.read_bytes()[:24]
@@ -32,15 +32,15 @@ def test_two_runs_of_different_data_sets(tmp_path: Path) -> None:
         open_run(write_run(tmp_path / "web", until=800, dataset="fineweb")),
         open_run(write_restarted_run(tmp_path / "restarted")),
     ]
-    check(save_plots(report(runs), tmp_path), ["loss.png", "hellaswag.png", "training.png"])
+    check_pictures(save_plots(report(runs), tmp_path), ["loss.png", "hellaswag.png", "training.png"])
 
 
 @pytest.mark.parametrize("log_tokens", [False, True])
 def test_no_evaluation_or_not_even_a_step(tmp_path: Path, log_tokens: bool) -> None:
     run = open_run(write_run(tmp_path / "run", **tiny(eval_every=0)))
-    check(save_plots(report([run]), tmp_path, log_tokens=log_tokens), ["loss.png", "training.png"])
+    check_pictures(save_plots(report([run]), tmp_path, log_tokens=log_tokens), ["loss.png", "training.png"])
     (tmp_path / "metrics.jsonl").write_bytes(encode(lines(**tiny())[:1]))
-    check(save_plots(report([open_run(tmp_path)]), tmp_path, log_tokens=log_tokens), ["loss.png", "training.png"])
+    check_pictures(save_plots(report([open_run(tmp_path)]), tmp_path, log_tokens=log_tokens), ["loss.png", "training.png"])
     assert not list(tmp_path.glob(".*"))
 
 

@@ -119,7 +119,7 @@ def requests_of_pages(log: Path) -> set[str]:
     return {params["url"] for params in asked if "url" in params and params.get("initiator") not in OWN}
 
 
-def check(findings: dict[str, object], width: int) -> None:
+def check_page(findings: dict[str, object], width: int) -> None:
     assert findings["complaints"] == []
     assert findings["ready"] == "yes"
     assert findings["width"] == width
@@ -133,7 +133,7 @@ def test_two_runs_on_a_desktop_in_the_light(tmp_path: Path) -> None:
     two = write_run(tmp_path / "two", dataset="fineweb", until=1200, learning_rate=1e-3, seed=2)
     log = tmp_path / "net.json"
     findings = browse(page_of(tmp_path, one, two), 1280, dark=False, log=log)
-    check(findings, 1280)
+    check_page(findings, 1280)
     assert findings["title"] == "one · two"
     assert isinstance(findings["paths"], int)
     assert findings["paths"] > 15
@@ -148,7 +148,7 @@ def test_a_phone_in_the_dark(tmp_path: Path) -> None:
     findings = browse(
         page_of(tmp_path, write_run(tmp_path / "a-run-with-a-name-that-is-long", until=1200)), 390, dark=True
     )
-    check(findings, 390)
+    check_page(findings, 390)
     assert findings["smallest"] == 12
     background, ink = (
         [int(part) for part in re.findall(r"\d+", str(findings[name]))] for name in ("background", "color")
@@ -161,11 +161,11 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_bytes(encode(lines(**tiny())[:1]))
-    check(browse(page_of(tmp_path, run), 800, dark=False), 800)
+    check_page(browse(page_of(tmp_path, run), 800, dark=False), 800)
 
 
 @pytest.mark.slow
 def test_more_runs_than_colours(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run-{index}", **tiny(seed=index)) for index in range(8)]
     for width in (390, 1280):
-        check(browse(page_of(tmp_path, *runs), width, dark=width == 390), width)
+        check_page(browse(page_of(tmp_path, *runs), width, dark=width == 390), width)
