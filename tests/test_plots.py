@@ -40,7 +40,8 @@ def test_no_evaluation_or_not_even_a_step(tmp_path: Path, log_tokens: bool) -> N
     run = open_run(write_run(tmp_path / "run", **tiny(eval_every=0)))
     check_pictures(save_plots(report([run]), tmp_path, log_tokens=log_tokens), ["loss.png", "training.png"])
     (tmp_path / "metrics.jsonl").write_bytes(encode(lines(**tiny())[:1]))
-    check_pictures(save_plots(report([open_run(tmp_path)]), tmp_path, log_tokens=log_tokens), ["loss.png", "training.png"])
+    run = open_run(tmp_path)
+    check_pictures(save_plots(report([run]), tmp_path, log_tokens=log_tokens), ["loss.png", "training.png"])
     assert not list(tmp_path.glob(".*"))
 
 
