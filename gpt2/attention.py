@@ -24,7 +24,7 @@ class KVCache:
         config: the model's.
         batch_size: rows.
         max_length: tokens a row can hold.
-        dtype: of keys and values, the one attention computes in.
+        dtype: of the keys and values kept, in which later tokens attend to them.
     """
 
     def __init__(
@@ -57,6 +57,8 @@ class KVCache:
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
+        if self.length == 0:  # as they came: next to one another in memory, in the type of the matrix products
+            return k, v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
@@ -235,10 +237,11 @@ class CausalSelfAttention(nn.Module):
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast computes norms and rotations in fp32
+        dtype = v.dtype
+        k = k.to(dtype)  # autocast computes norms and rotations in fp32
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
+        y = self.attend(q.to(k.dtype), k, v, mask).to(dtype)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 

@@ -9,8 +9,10 @@ head; many rows gain less in bf16, but in fp32 `nn.Linear` goes to another libra
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -48,12 +50,60 @@ class PackedLinear(nn.Module):
         return y
 
 
+class OneRowLinear(nn.Module):
+    """`nn.Linear` for one row at a time, as a weighted sum of the weight's columns: what `embedding_bag` computes.
+
+    Such a product takes as long as the weights take to come from memory. The operator's kernel, FBGEMM's, was written
+    to sum tables that lie there and fetches ahead; oneDNN's, written to reuse what it has read, does not.
+
+    Args:
+        linear: to compute the same as.
+        dtype: to compute in, whatever the input is; sums are in fp32.
+    """
+
+    BLOCK = 128
+    """Outputs that are summed together, one bag; a block lies in memory in the order in which it is read."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features = linear.out_features
+        weight = F.pad(linear.weight.detach().to(dtype), (0, 0, 0, -linear.out_features % self.BLOCK))
+        # (blocks, in_features, BLOCK). Not a buffer, nor is the bias: no one may save them.
+        self.columns = weight.view(-1, self.BLOCK, linear.in_features).transpose(1, 2).contiguous()
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), in the type it was made for; a prompt's rows take a bit longer."""
+        rows = x.to(self.columns.dtype).reshape(-1, self.columns.size(1))
+        if len(rows) == 1:
+            indices, offsets = _bags(*self.columns.shape[:2])
+            scales = rows.expand(len(self.columns), -1).reshape(-1)
+            y = F.embedding_bag(indices, self.columns.flatten(0, 1), offsets, mode="sum", per_sample_weights=scales)
+        elif len(rows) < 256:
+            y = (rows @ self.columns).transpose(0, 1)
+        else:
+            y = F.linear(rows, self.columns.transpose(1, 2).flatten(0, 1))
+        y = y.reshape(len(rows), -1)[:, : self.out_features]
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+@cache
+def _bags(blocks: int, width: int) -> tuple[Tensor, Tensor]:
+    """Indices and offsets of bags of `width` rows each, that follow one another."""
+    return torch.arange(blocks * width, dtype=torch.int32), torch.arange(0, blocks * width, width, dtype=torch.int32)
+
+
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this PyTorch, on this CPU, multiplies packed weights of a type. The operators are not public."""
     names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def can_sum_columns(dtype: torch.dtype) -> bool:
+    """Whether `OneRowLinear` is fast in a type: this PyTorch has FBGEMM's kernel for it."""
+    return "fbgemm" in torch.backends.quantized.supported_engines and dtype in (torch.float32, torch.bfloat16)
 
 
 def decoding_copy(model: GPT, dtype: torch.dtype | None = None, rows: int = 1) -> GPT:
@@ -69,17 +119,22 @@ def decoding_copy(model: GPT, dtype: torch.dtype | None = None, rows: int = 1) -
     """
     own = model.wte.weight.dtype
     dtype = dtype or own
-    if isinstance(model.lm_head, PackedLinear) and dtype == own:
+    if isinstance(model.lm_head, PackedLinear | OneRowLinear) and dtype == own:
         return model
-    pack = model.wte.weight.device.type == "cpu" and can_pack(dtype)
-    if dtype == own and not pack:
+    on_cpu = model.wte.weight.device.type == "cpu"
+    one_row, pack = on_cpu and rows == 1 and can_sum_columns(dtype), on_cpu and can_pack(dtype)
+    if dtype == own and not one_row and not pack:
         return model
     memo: dict[int, object] = {
         id(p): p if dtype == own else nn.Parameter(p.detach().to(dtype), requires_grad=False)
         for p in model.parameters()
     }
     fast = copy.deepcopy(model, memo)  # takes the parameters from the memo, tied ones tied
-    if pack:
+    if one_row:
+        for name, layer in list(fast.named_modules()):
+            if isinstance(layer, nn.Linear):
+                fast.set_submodule(name, OneRowLinear(layer, dtype))
+    elif pack:
         _pack_blocks(fast, dtype, rows)
         fast.lm_head = PackedLinear(fast.lm_head, rows)  # type: ignore[assignment]
     return fast

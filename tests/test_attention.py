@@ -246,7 +246,8 @@ def test_cache_returns_what_was_put_in() -> None:
     assert cache.max_length == 6
     first, second = torch.randn(2, 3, 2, 2, 8)
     for index in range(2):
-        cache.append(index, first + index, first - index)
+        k, v = first + index, first - index
+        assert cache.append(index, k, v) == (k, v)  # the first ones are all there are
     cache.length = 2
     for index in range(2):
         keys, values = cache.append(index, second, second)

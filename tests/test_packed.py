@@ -1,4 +1,4 @@
-"""gpt2/packed.py: the copy computes what the model computes, and shares what it can."""
+"""gpt2/packed.py: the copies compute what the model computes, and share what they can."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpt2 import packed
 from gpt2.compile import compile_model
 from gpt2.config import ModelConfig
 from gpt2.model import GPT
-from gpt2.packed import PackedLinear, can_pack, decoding_copy, scoring_copy
+from gpt2.packed import OneRowLinear, PackedLinear, can_pack, can_sum_columns, decoding_copy, scoring_copy
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch has no oneDNN")
 
@@ -34,6 +34,21 @@ def test_any_number_of_rows_gives_the_plain_layers_result(dtype: torch.dtype, bi
         x = torch.randn(shape).to(dtype)
         with torch.inference_mode():
             torch.testing.assert_close(layer(x), linear(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("outputs", [1, 128, 200])
+@pytest.mark.parametrize("shape", [(1, 96), (96,), (1, 1, 96), (2, 5, 96), (255, 96), (1, 256, 96)])
+def test_a_sum_of_columns_is_the_product(dtype: torch.dtype, bias: bool, outputs: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, outputs, bias=bias)
+    x = torch.randn(shape)
+    with torch.inference_mode():
+        y = OneRowLinear(linear, dtype)(x)
+        assert y.dtype == dtype
+        expected = linear.to(dtype)(x.to(dtype))
+        torch.testing.assert_close(y, expected, **({} if dtype == torch.float32 else {"atol": 0.01, "rtol": 0.02}))
 
 
 @needs_packing
@@ -83,17 +98,21 @@ def test_the_scoring_copy_has_the_models_states(changes: dict[str, object], comp
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-@needs_packing
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("changes", [{}, {"position": "rope", "bias": False}, {"tie_embeddings": False}])
-def test_the_copy_has_the_models_logits(changes: dict[str, object]) -> None:
+def test_the_copy_has_the_models_logits(changes: dict[str, object], rows: int) -> None:
+    layer, possible = ((OneRowLinear, can_sum_columns), (PackedLinear, can_pack))[rows - 1]
+    if not possible(torch.float32) or not possible(torch.bfloat16):
+        pytest.skip("this CPU or this PyTorch has no kernel for it")
     model = build(**changes)
-    fast = decoding_copy(model)
-    assert isinstance(fast.lm_head, PackedLinear)
+    fast = decoding_copy(model, rows=rows)
+    assert sum(isinstance(module, layer) for module in fast.modules()) == 2 * 4 + 1
     tokens = torch.randint(0, 70, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        torch.testing.assert_close(fast(tokens), model(tokens))
-        half = decoding_copy(model, torch.bfloat16)(tokens)
-        torch.testing.assert_close(half.float(), model(tokens), atol=0.05, rtol=0.05)
+        for part in (tokens, tokens[:1, :1]):
+            torch.testing.assert_close(fast(part), model(part))
+            half = decoding_copy(model, torch.bfloat16, rows)(part)
+            torch.testing.assert_close(half.float(), model(part), atol=0.05, rtol=0.05)
     assert type(model.lm_head) is nn.Linear  # the model itself is left alone
     assert fast.wte.weight is model.wte.weight
     assert decoding_copy(fast) is fast
@@ -106,7 +125,8 @@ def test_angles_stay_precise_in_a_bf16_copy() -> None:
 
 
 def test_without_the_operators_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "can_pack", lambda dtype: False)
+    for name in ("can_pack", "can_sum_columns"):
+        monkeypatch.setattr(packed, name, lambda dtype: False)
     model = build()
     assert decoding_copy(model) is model
     copy = decoding_copy(model, torch.bfloat16)
