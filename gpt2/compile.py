@@ -7,10 +7,19 @@ recomputes. The head's matrix products stay outside: `gpt2.loss` walks over them
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gpt2.loss import softmax_
 from gpt2.model import GPT
+
+_OPTIONS: dict[str, Any] = {
+    "dynamic": False,
+    # GELU's hyperbolic tangent from an exponential: half the time on a CPU, to the same 7 digits.
+    "options": {"cpp.use_decompose_tanh": True},
+}
+"""Of torch.compile."""
 
 
 def compile_model(model: GPT) -> None:
@@ -23,5 +32,5 @@ def compile_model(model: GPT) -> None:
         model: on its device; to be wrapped by DDP or FSDP afterwards.
     """
     for block in model.h:
-        block.compile(dynamic=False)
-    model.softmax = torch.compile(softmax_, dynamic=False)
+        block.compile(**_OPTIONS)
+    model.softmax = torch.compile(softmax_, **_OPTIONS)

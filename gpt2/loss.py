@@ -23,7 +23,7 @@ from torch import Tensor
 IGNORE = -100
 """The target of a position that does not count."""
 
-Softmax = Callable[[Tensor, Tensor, int, float | None], Tensor]
+Softmax = Callable[[Tensor, Tensor, float | None], Tensor]
 """Type of `softmax_` and of its compiled form."""
 
 
@@ -43,35 +43,33 @@ def plain_cross_entropy(
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-def softmax_(logits: Tensor, targets: Tensor, vocab_size: int, cap: float | None) -> Tensor:
+def softmax_(logits: Tensor, targets: Tensor, cap: float | None) -> Tensor:
     """Turn logits into the gradient of the negative log-likelihood, in place but for the targets' own elements.
 
     Args:
-        logits: (n, V) in any floating type; becomes softmax over the first `vocab_size`, 0 behind, times the
-            derivative of `softcap`. All arithmetic is in fp32.
+        logits: (n, V) over the real vocabulary, in any floating type; becomes the softmax times the derivative of
+            `softcap`. All arithmetic is in fp32.
         targets: (n, 1) ids.
-        vocab_size: as in `linear_cross_entropy`.
         cap: as in `linear_cross_entropy`.
 
     Returns:
         Log-probabilities of the targets, (n, 1), fp32.
     """
-    capped = softcap(logits[:, :vocab_size].float(), cap)
+    capped = softcap(logits.float(), cap)
     log_probs = F.log_softmax(capped, dim=-1)
     picked = log_probs.gather(1, targets)
     grad = log_probs.exp_()
     if cap is not None:
         grad.mul_(1 - (capped / cap).square())
-    logits[:, :vocab_size] = grad
-    logits[:, vocab_size:] = 0
+    logits.copy_(grad)
     return picked
 
 
-def softmax_tiled_(logits: Tensor, targets: Tensor, vocab_size: int, cap: float | None) -> Tensor:
+def softmax_tiled_(logits: Tensor, targets: Tensor, cap: float | None) -> Tensor:
     """`softmax_`, a few rows at a time on a CPU: 16 rows of GPT-2's vocabulary are 3 MB in fp32."""
     tile = 16 if logits.device.type == "cpu" else logits.size(0)
     tiles = zip(logits.split(tile), targets.split(tile), strict=True)
-    return torch.cat([softmax_(rows, index, vocab_size, cap) for rows, index in tiles])
+    return torch.cat([softmax_(rows, index, cap) for rows, index in tiles])
 
 
 def linear_cross_entropy(
@@ -143,12 +141,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
                 logits = torch.mm(h, w.t(), out=buffer[: h.size(0)])  # (n, V)
                 target_logits = logits.gather(1, index).float()  # (n, 1), before they are overwritten
-                log_probs = softmax(logits, index, vocab_size, cap)  # (n, 1)
+                log_probs = softmax(logits[:, :vocab_size], index, cap)  # (n, 1)
                 loss -= log_probs.masked_fill(ignored, 0).sum()
                 if not needs_gradient:
                     continue
 
                 grad = logits  # (n, V), the softmax by now, which still lacks minus the one-hot
+                grad[:, vocab_size:] = 0
                 target_grad = torch.expm1(log_probs)  # p - 1 without cancellation, in fp32
                 if cap is not None:
                     target_grad *= 1 - torch.tanh(target_logits / cap).square()
