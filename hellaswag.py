@@ -26,7 +26,8 @@ from gpt2.console import duration
 from gpt2.distributed import World, world
 from gpt2.errors import UserError, run_cli
 from gpt2.hellaswag import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Result, evaluate
-from gpt2.hellaswag_data import Example, from_rank_0, load_examples, spread, write_atomically
+from gpt2.hellaswag_data import from_rank_0, load_examples, write_atomically
+from gpt2.hellaswag_examples import Example, spread
 from gpt2.hellaswag_rows import CONVENTIONS
 from gpt2.huggingface import load_pretrained, resolve_model
 from gpt2.model import GPT

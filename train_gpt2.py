@@ -39,7 +39,8 @@ from gpt2.guards import MAX_SKIPS_IN_A_ROW, StepGuard, StopSignals, lock_run
 from gpt2.hang import HangWatch, enable_flight_recorder
 from gpt2.hardware import device_name, environment
 from gpt2.hellaswag import evaluate as evaluate_hellaswag
-from gpt2.hellaswag_data import Example, load_examples, spread
+from gpt2.hellaswag_data import load_examples
+from gpt2.hellaswag_examples import Example, spread
 from gpt2.loader import Blocks, Loader
 from gpt2.metrics import EndReason, Metrics, Phase
 from gpt2.model import GPT

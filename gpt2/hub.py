@@ -27,7 +27,8 @@ from typing import Any
 
 from gpt2.errors import UserError
 from gpt2.shard_files import sha256_file
-from gpt2.sources import Source, SourceFile, count_units, decompress, kind_of, local_source
+from gpt2.sources import Source, SourceFile, decompress, kind_of, local_source
+from gpt2.units import count_units
 
 _ATTEMPTS = 6
 RETRY_SECONDS = 1.0  # the first wait, on average; each is twice the one before

@@ -25,8 +25,9 @@ from gpt2.assemble import Assembler, UnitTokens
 from gpt2.errors import UserError
 from gpt2.hub import Fetcher
 from gpt2.manifest import Position
-from gpt2.sources import FileProblem, Source, read_unit
+from gpt2.sources import FileProblem, Source
 from gpt2.tokenizer import GPT2Tokenizer, tokenizer_from_dict
+from gpt2.units import read_unit
 
 _WINDOW = 4
 

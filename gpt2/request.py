@@ -11,8 +11,9 @@ from gpt2.errors import UserError
 from gpt2.hub import Fetcher
 from gpt2.manifest import MANIFEST_NAME, Manifest, Position, describe_tokenizer
 from gpt2.pipeline import Part, Units, Workers, characters_of_unit
-from gpt2.sources import Source, count_documents
+from gpt2.sources import Source
 from gpt2.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
+from gpt2.units import count_documents
 from gpt2.verify import part_manifest_name
 
 _SMALL_SHARDS = 10  # a corpus of fewer shards gives 5 % of its documents, not a shard, to validation

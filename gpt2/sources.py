@@ -1,9 +1,6 @@
-"""Text in files: parquet, JSON lines and plain text, read in units that workers take one by one.
+"""Files of text: which ones a source means, what they are, and how they are told apart.
 
-A unit is a row group of a parquet file, or an equal slice of another file. Units are independent: the
-tokens of a file are those of its units, one after the other, wherever they are read. A slice of JSON
-lines owns the lines that begin in it. A plain-text file is one document; its slices are cut before a
-space or a newline that follows something else, where GPT-2's pattern always cuts too.
+They are parquet, JSON lines or plain text, the latter two compressed or not; `gpt2.units` reads what is in them.
 """
 
 from __future__ import annotations
@@ -12,21 +9,18 @@ import glob
 import gzip
 import hashlib
 import itertools
-import json
 import os
-import re
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpt2.errors import UserError
+from gpt2.units import parquet_text_bytes
 
-SLICE_BYTES = 1 << 22  # of JSON lines and plain text: about a million tokens
-_BATCH_ROWS = 1000  # rows of a parquet file that are text in memory at one time
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}
 _COMPRESSIONS = (".gz", ".zst")
 # Bytes in a file for one GPT-2 token of English, roughly; decides only whether a corpus is small.
@@ -103,20 +97,6 @@ class FileProblem(UserError):
         self.number = number
 
 
-class Document(NamedTuple):
-    """A document, or the next slice of one that is plain text.
-
-    Attributes:
-        text: "" for a null or empty document.
-        begins: False for a slice that goes on with the document before it.
-        replaced: the text had invalid UTF-8, now U+FFFD.
-    """
-
-    text: str
-    begins: bool = True
-    replaced: bool = False
-
-
 def kind_of(name: str) -> tuple[str, str] | None:
     """(kind, compression) by a file's name; None where it is none of the known kinds."""
     stem, compression = name, ""
@@ -158,7 +138,7 @@ def local_source(patterns: Sequence[str]) -> Source:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         # Opened here, so that a file that is not parquet is refused before anything is made.
-        text_bytes = _parquet_text_bytes(path) if kind == "parquet" else None
+        text_bytes = parquet_text_bytes(path) if kind == "parquet" else None
         files.append(SourceFile(name, size, identity, kind, compression, path, text_bytes))
     return Source("local files", None, tuple(files))
 
@@ -197,158 +177,3 @@ def decompress(path: Path, out: Path) -> None:
         raise UserError(f"{path} is damaged ({error}); replace it") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def count_units(path: Path, kind: str) -> int:
-    """Units of an uncompressed file. UserError for a parquet file that is damaged or has no text."""
-    if kind == "parquet":
-        groups: int = _open_parquet(path).metadata.num_row_groups
-        return groups
-    return max(1, -(-path.stat().st_size // SLICE_BYTES))
-
-
-def count_documents(path: Path, kind: str) -> int:
-    """Documents of an uncompressed file, null and empty ones included."""
-    if kind == "parquet":
-        rows: int = _open_parquet(path).metadata.num_rows
-        return rows
-    if kind == "text":
-        return 1
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())
-
-
-def read_unit(path: Path, kind: str, unit: int) -> Iterator[Document]:
-    """Documents of one unit. UserError naming the place where the file is damaged."""
-    if kind == "parquet":
-        return _read_row_group(path, unit)
-    return _read_lines(path, unit) if kind == "jsonl" else _read_text(path, unit)
-
-
-_open_file: tuple[str, Any] | None = None  # the parquet file this process read last
-
-
-def _open_parquet(path: Path) -> Any:
-    """An open parquet file, kept until another is asked for: its index may take long to parse."""
-    global _open_file
-    if _open_file is None or _open_file[0] != str(path):
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: cannot be read as parquet ({_first_line(error)})") from error
-        names = file.schema_arrow.names
-        if "text" not in names:
-            raise UserError(f"{path}: no column 'text', only {', '.join(names)}")
-        kind = file.schema_arrow.field("text").type
-        if pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise UserError(f"{path}: column 'text' is of type {kind}, not string")
-        _open_file = (str(path), file)
-    return _open_file[1]
-
-
-def _parquet_text_bytes(path: Path) -> int:
-    """Uncompressed size of the column of texts, as the file's index has it."""
-    file = _open_parquet(path)
-    column = [file.schema.column(i).path for i in range(len(file.schema))].index("text")  # leaves, unlike names
-    groups = (file.metadata.row_group(g) for g in range(file.metadata.num_row_groups))
-    return sum(group.column(column).total_uncompressed_size for group in groups)
-
-
-def _read_row_group(path: Path, unit: int) -> Iterator[Document]:
-    import pyarrow
-
-    batches = _open_parquet(path).iter_batches(_BATCH_ROWS, row_groups=[unit], columns=["text"], use_threads=False)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: row group {unit} is damaged ({_first_line(error)})") from error
-        if batch is None:
-            return
-        column = batch.column(0)
-        try:
-            for text in column.to_pylist():
-                yield Document(text or "")
-        except UnicodeDecodeError:
-            for data in column.cast(pyarrow.binary()).to_pylist():
-                yield _decode(data or b"")
-
-
-def _read_lines(path: Path, unit: int) -> Iterator[Document]:
-    start = unit * SLICE_BYTES
-    with open(path, "rb") as file:
-        position = start
-        if start:
-            file.seek(start - 1)
-            position = start - 1 + len(file.readline())  # the line before owns what is left of it
-        while position < start + SLICE_BYTES and (line := file.readline()):
-            if position == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield _parse_line(path, position, line)
-            position += len(line)
-
-
-def _parse_line(path: Path, position: int, line: bytes) -> Document:
-    decoded = _decode(line)
-    try:
-        record = json.loads(decoded.text)
-    except ValueError as error:
-        raise UserError(f"{path}: the line at byte {position:,} is not JSON ({error})") from error
-    if not isinstance(record, dict) or "text" not in record:
-        keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{path}: the line at byte {position:,} has no 'text', only: {keys[:200]}")
-    text = record["text"]
-    if text is not None and not isinstance(text, str):
-        raise UserError(
-            f"{path}: 'text' of the line at byte {position:,} is of type {type(text).__name__}, not a string"
-        )
-    return Document(text or "", replaced=decoded.replaced)
-
-
-def _read_text(path: Path, unit: int) -> Iterator[Document]:
-    with open(path, "rb") as file:
-        start = _cut_after(file, unit * SLICE_BYTES)
-        stop = _cut_after(file, (unit + 1) * SLICE_BYTES)
-        file.seek(start)
-        data = file.read(stop - start)
-    if unit == 0:
-        data = data.removeprefix(b"\xef\xbb\xbf")
-    if data or unit == 0:
-        yield _decode(data)._replace(begins=unit == 0)
-
-
-def _cut_after(file: Any, position: int) -> int:
-    """First place from `position` on where plain text may be cut without changing its tokens."""
-    size = os.fstat(file.fileno()).st_size
-    if position == 0 or position >= size:
-        return min(position, size)
-    file.seek(max(0, position - 4))  # the longest character, to see what is before the cut
-    data = file.read(min(4, position))
-    while block := file.read(1 << 16):
-        old = len(data)
-        data += block
-        for match in re.compile(rb"[ \n]").finditer(data, old):
-            at = match.start()
-            before = data[max(0, at - 4) : at].decode("utf-8", errors="ignore")
-            if before and not before[-1].isspace():
-                return int(position + at - old)
-        position += len(block)
-        data = data[-4:]
-    return size
-
-
-def _decode(data: bytes) -> Document:
-    try:
-        return Document(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        return Document(data.decode("utf-8", errors="replace"), replaced=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]

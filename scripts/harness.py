@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError, run_cli
-from gpt2.hellaswag_data import Example, content_lines, load_examples, spread
+from gpt2.hellaswag_data import load_examples
+from gpt2.hellaswag_examples import Example, content_lines, spread
 from gpt2.huggingface import resolve_model
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpt2.config import ModelConfig
-from gpt2.hellaswag_data import Example, parse_jsonl
+from gpt2.hellaswag_examples import Example, parse_jsonl
 from gpt2.hellaswag_rows import Convention, render
 from gpt2.model import GPT
 from gpt2.tokenizer import GPT2Tokenizer

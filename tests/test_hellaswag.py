@@ -22,7 +22,8 @@ from gpt2.config import ModelConfig, RunConfig
 from gpt2.distributed import World, parallelize, world
 from gpt2.errors import UserError
 from gpt2.hellaswag import Head, Result, _result, evaluate
-from gpt2.hellaswag_data import Example, load_examples
+from gpt2.hellaswag_data import load_examples
+from gpt2.hellaswag_examples import Example
 from gpt2.hellaswag_rows import CONVENTIONS, Convention, Rows, make_rows
 from gpt2.model import GPT
 from gpt2.tokenizer import CharTokenizer, gpt2_tokenizer

@@ -18,7 +18,7 @@ from gpt2.config import ModelConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.hellaswag import evaluate
-from gpt2.hellaswag_data import content_lines
+from gpt2.hellaswag_examples import content_lines
 from gpt2.huggingface import save_pretrained
 from gpt2.tokenizer import gpt2_tokenizer
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt2.hellaswag_rows
-from gpt2.hellaswag_data import Example, parse_jsonl
+from gpt2.hellaswag_examples import Example, parse_jsonl
 from gpt2.hellaswag_rows import make_rows, pack, plan, preprocess, render, tokenize
 from gpt2.tokenizer import gpt2_tokenizer
 

@@ -34,7 +34,8 @@ from gpt2.config import ModelConfig
 from gpt2.distributed import World, pick_device
 from gpt2.errors import UserError
 from gpt2.hellaswag import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Head, evaluate
-from gpt2.hellaswag_data import Example, load_examples, spread
+from gpt2.hellaswag_data import load_examples
+from gpt2.hellaswag_examples import Example, spread
 from gpt2.hellaswag_rows import make_rows, render
 from gpt2.huggingface import save_pretrained
 from gpt2.model import GPT
