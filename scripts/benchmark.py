@@ -65,16 +65,17 @@ def main() -> int:
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise UserError(f"--json {args.json}: there is no directory {args.json.parent}; make it first")
     start = time.time()
+    # Before it, so that the commit is the one whose code runs.
+    facts = environment(pick_device(getattr(args, "device", None) or "auto"), 1)
     result = module.run(args)
     if args.json is not None:
-        device = pick_device(getattr(args, "device", None) or "auto")
         settings = {key: value for key, value in vars(args).items() if key != "json"}
         document = {
             "benchmark": name,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
             "seconds": time.time() - start,
             "arguments": settings,
-            "environment": environment(device, 1),
+            "environment": facts,
             **result,
         }
         args.json.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
