@@ -42,7 +42,7 @@ from gpt2.hellaswag import evaluate as evaluate_hellaswag
 from gpt2.hellaswag_data import load_examples
 from gpt2.hellaswag_examples import Example, spread
 from gpt2.loader import Blocks, Loader
-from gpt2.metrics import EndReason, Metrics, Phase
+from gpt2.metrics import EndReason, Metrics
 from gpt2.model import GPT
 from gpt2.optim import describe_groups, load_state_tensors, make_optimizers, set_learning_rates, state_tensors
 from gpt2.out_of_memory import (
@@ -53,6 +53,7 @@ from gpt2.out_of_memory import (
     record_allocations,
     write_snapshot,
 )
+from gpt2.phase_clock import Phase
 from gpt2.plan import Plan, device_memory, make_plan
 from gpt2.precision import autocast, make_deterministic, resolve_dtype, set_matmul_precision
 from gpt2.presets import parse_args

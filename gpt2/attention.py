@@ -53,11 +53,14 @@ class KVCache:
         return self.positions[:, :end]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, n_kv_head, T, head_dim) behind what block `layer` holds; returns all of it."""
+        """Store (B, n_kv_head, T, head_dim) behind what block `layer` holds; returns all of it, in the cache's type.
+
+        The first keys and values come back as they are: what attends to them comes in their type.
+        """
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
-        if self.length == 0:  # as they came: next to one another in memory, in the type of the matrix products
+        if self.length == 0:
             return k, v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 

@@ -41,7 +41,8 @@ def generate(
         seed: of the draws; row i's depend on the seed and on i.
         dtype: to compute in, with a copy of the weights in it (of `gpt2.packed`); None: autocast's where it
             is on, else the weights' own.
-        use_cache: keep keys and values instead of computing them anew for every token; the result is the same.
+        use_cache: keep keys and values instead of computing them anew for every token; the result is the same but
+            for rounding.
 
     Returns:
         The new tokens of each row. Each depends on the last `block_size` tokens before it.
@@ -171,8 +172,9 @@ class _Decoder:
         block_size = model.config.block_size
         if use_cache and width <= block_size:
             room = min(block_size, width + max_new_tokens)
-            # For one query, a CPU's kernel takes two to five times as long over keys and values in bf16.
-            kept = torch.float32 if device.type == "cpu" else dtype
+            # A CPU's kernel takes a query over keys and values in bf16 two to five times as long as over fp32, which is
+            # worth twice the memory; but autocast, where a sharded model decodes, would turn them into bf16 each time.
+            kept = torch.float32 if device.type == "cpu" and not isinstance(model, FSDPModule) else dtype
             self.cache = KVCache(model.config, len(prompts), room, device, kept)
 
     def append(self, tokens: Tensor) -> None:

@@ -27,11 +27,10 @@ from gpt2.errors import UserError
 from gpt2.hardware import environment, memory_bytes, peak_flops
 from gpt2.history import METRICS_FILE, config_difference
 from gpt2.metrics_file import MetricsFile
+from gpt2.phase_clock import PHASES, Phase, PhaseClock
 from gpt2.trackers import Guarded, TensorBoard, Tracker, Wandb, new_run_id, resolve_wandb_mode
 
-Phase = Literal["data", "eval", "save"]
 EndReason = Literal["finished", "stopped", "nonfinite", "error"]
-PHASES: tuple[Phase, ...] = ("data", "eval", "save")
 
 SMOOTHING = 0.9
 """Weight of the past in the bar's smoothed loss, a logged step."""
@@ -120,9 +119,7 @@ class Metrics:
         self.newest_step = start_step
         self.smoothed: float | None = None
         self._pace: tuple[float, int] | None = None  # (time, step) of the first logged step: before it, compilation
-        self._mark = time.perf_counter()
-        self._spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self._phase: Phase | None = None
+        self.clock = PhaseClock()
 
         settings = config.run
         mode = resolve_wandb_mode(settings.wandb, self.message)
@@ -159,7 +156,7 @@ class Metrics:
             self.trackers.append(
                 Guarded("TensorBoard", lambda: TensorBoard(run / "tensorboard", start_step), self.message)
             )
-        self._mark = time.perf_counter()
+        self.clock.read()  # what starting took is no step's
 
     def message(self, text: str) -> None:
         """Print a line without breaking the bar."""
@@ -172,22 +169,17 @@ class Metrics:
 
         Evaluation and saving wait for the device at both ends, so that queued training steps are not billed to them.
         """
-        if self._phase is not None:
-            yield
-            return
-        if name != "data":
+        waits = name != "data" and self.clock.phase is None
+        if waits:
             self._synchronize()
             self.console.activity(name)
-        self._phase = name
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            if name != "data":
-                self._synchronize()
-                self.console.activity(None)
-            self._phase = None
-            self._spent[name] += time.perf_counter() - began
+        with self.clock.during(name):
+            try:
+                yield
+            finally:
+                if waits:
+                    self._synchronize()
+                    self.console.activity(None)
 
     def train(self, step: int, *, loss: float, lr: float, grad_norm: float) -> None:
         """Record a step, with the speed since the last recorded one.
@@ -199,7 +191,7 @@ class Metrics:
             grad_norm: global gradient norm before clipping.
         """
         now = time.perf_counter()
-        seconds = self._seconds(now)
+        seconds = self.clock.read()
         wall = sum(seconds.values())
         tokens = (step - self.last_step) * self.tokens_per_step
         speed = tokens / max(seconds["train"], 1e-9)
@@ -260,15 +252,8 @@ class Metrics:
         self._write("val", step, {"tokens": self._tokens(step), "loss": loss, "val_tokens": val_tokens})
         self._scalars(step, {"val/loss": loss})
         text = f"validation loss {loss:.4f}"
-        baseline = reference.gpt2_val_loss(self.corpus, self.size)
-        if baseline is not None and self.corpus is not None:
-            text += (
-                f" | GPT-2 {self.size} on {reference.CORPUS_TITLES[self.corpus]} {baseline:.4f}: "
-                f"{_distance(baseline - loss, '.4f')}"
-            )
-            if val_tokens != reference.BASELINE_VAL_TOKENS:
-                text += f" (ours over {val_tokens:,} tokens, not {reference.BASELINE_VAL_TOKENS:,})"
-        self._stand_out(step, text)
+        beside = reference.loss_beside_gpt2(self.corpus, self.size, loss, val_tokens)
+        self._stand_out(step, text if beside is None else f"{text} | {beside}")
 
     def hellaswag(self, step: int, result: HellaSwagScores) -> None:
         """Record a HellaSwag evaluation."""
@@ -286,11 +271,10 @@ class Metrics:
         )
         self._scalars(step, {"hellaswag/acc": result.acc, "hellaswag/acc_norm": result.acc_norm})
         text = f"HellaSwag {result.acc_norm:.2%} ± {result.acc_norm_stderr:.2%}, {result.examples:,} examples"
-        if self.size is not None and result.convention == "completion":
-            baseline = reference.GPT2_HELLASWAG[self.size]
-            distance = _distance(100 * (result.acc_norm - baseline), ".2f", " points")
-            text += f" | GPT-2 {self.size} {baseline:.2%}: {distance}"
-        self._stand_out(step, text)
+        beside = None
+        if result.convention == "completion":
+            beside = reference.hellaswag_beside_gpt2(self.size, result.acc_norm)
+        self._stand_out(step, text if beside is None else f"{text} | {beside}")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record a generated text.
@@ -330,17 +314,10 @@ class Metrics:
         if self.closed:
             return
         self.closed = True
-        self._write("run_end", self.newest_step, {"reason": reason, "seconds": self._seconds(time.perf_counter())})
+        self._write("run_end", self.newest_step, {"reason": reason, "seconds": self.clock.read()})
         self.console.close()
         self._tell(lambda sink: sink.close(reason))
         self.file.close()
-
-    def _seconds(self, now: float) -> dict[str, float]:
-        """Wall time since the last call, training and the phases apart."""
-        seconds: dict[str, float] = {"train": max(now - self._mark - sum(self._spent.values()), 0.0), **self._spent}
-        self._mark = now
-        self._spent = dict.fromkeys(PHASES, 0.0)
-        return {name: round(value, 6) for name, value in seconds.items()}
 
     def _tokens(self, step: int) -> int:
         """Tokens trained on after a step, also where an earlier start of the run took larger or smaller steps."""
@@ -364,13 +341,8 @@ class Metrics:
         with self._lock:
             for tracker in self.trackers:
                 tracker.tell(action)
-        if self._phase is None and threading.get_ident() == self._trainer:
-            self._spent["save"] += time.perf_counter() - began
+        if self.clock.phase is None and threading.get_ident() == self._trainer:
+            self.clock.bill("save", time.perf_counter() - began)
 
     def _stand_out(self, step: int, text: str) -> None:
         self.console.say(f"step {step:>{len(str(self.total_steps))}} | {text}", strong=True)
-
-
-def _distance(better_by: float, form: str, unit: str = "") -> str:
-    """How far from a baseline: "0.0123 better" or "0.0123 to go"."""
-    return f"{better_by:{form}}{unit} better" if better_by >= 0 else f"{-better_by:{form}}{unit} to go"

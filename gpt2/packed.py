@@ -1,9 +1,10 @@
-"""A model's copy for inference on a CPU: weights in the type to compute in, laid out for oneDNN once.
+"""A model's copy for inference on a CPU: weights in the type to compute in, laid out once for the kernel that reads.
 
 For a plain `nn.Linear`, oneDNN brings the weight into its own blocked layout on every call. That costs a step of
 decoding, which multiplies a few rows by every weight, as much again as the product, and several times as much for the
 head; many rows gain less in bf16, but in fp32 `nn.Linear` goes to another library, which is slower on AMD's processors.
-`torch.compile` takes the same two operators, after minutes of compiling.
+`torch.compile` takes the same two operators, after minutes of compiling. A single row is no matter of products at all
+but of reading memory, for which another kernel is better.
 """
 
 from __future__ import annotations
@@ -54,35 +55,43 @@ class OneRowLinear(nn.Module):
     """`nn.Linear` for one row at a time, as a weighted sum of the weight's columns: what `embedding_bag` computes.
 
     Such a product takes as long as the weights take to come from memory. The operator's kernel, FBGEMM's, was written
-    to sum tables that lie there and fetches ahead; oneDNN's, written to reuse what it has read, does not.
+    to sum tables that lie there and fetches ahead; oneDNN's, written to reuse what it has read, does not. More rows
+    than one, a prompt's, are multiplied the usual way, at a half to nine tenths of the rate of packed weights.
 
     Args:
         linear: to compute the same as.
         dtype: to compute in, whatever the input is; sums are in fp32.
     """
 
-    BLOCK = 128
-    """Outputs that are summed together, one bag; a block lies in memory in the order in which it is read."""
+    BLOCKS = (128, 64, 32)
+    """Outputs that are summed together, one bag. A block lies in memory in the order in which it is read, so larger
+    ones are read faster; but threads share out whole bags."""
+    UNPACKED_ROWS = 256
+    """From so many rows on, laying the weight out as `nn.Linear` has it costs less than products block by block."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features = linear.out_features
-        weight = F.pad(linear.weight.detach().to(dtype), (0, 0, 0, -linear.out_features % self.BLOCK))
-        # (blocks, in_features, BLOCK). Not a buffer, nor is the bias: no one may save them.
-        self.columns = weight.view(-1, self.BLOCK, linear.in_features).transpose(1, 2).contiguous()
+        threads = torch.get_num_threads()
+        block = next((size for size in self.BLOCKS if linear.out_features >= size * threads), self.BLOCKS[-1])
+        weight = F.pad(linear.weight.detach().to(dtype), (0, 0, 0, -linear.out_features % block))
+        # (blocks, in_features, block). Not a buffer, nor is the bias: no one may save them.
+        self.columns = weight.view(-1, block, linear.in_features).transpose(1, 2).contiguous()
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features), in the type it was made for; a prompt's rows take a bit longer."""
-        rows = x.to(self.columns.dtype).reshape(-1, self.columns.size(1))
+        """(..., in_features) to (..., out_features), in the type it was made for."""
+        blocks, width, _ = self.columns.shape
+        rows = x.to(self.columns.dtype).reshape(-1, width)  # (n, in_features)
         if len(rows) == 1:
-            indices, offsets = _bags(*self.columns.shape[:2])
-            scales = rows.expand(len(self.columns), -1).reshape(-1)
-            y = F.embedding_bag(indices, self.columns.flatten(0, 1), offsets, mode="sum", per_sample_weights=scales)
-        elif len(rows) < 256:
-            y = (rows @ self.columns).transpose(0, 1)
+            indices, offsets = _bags(blocks, width)
+            scales = rows.expand(blocks, -1).reshape(-1)  # (blocks * in_features,)
+            table = self.columns.flatten(0, 1)  # (blocks * in_features, block)
+            y = F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=scales)  # (blocks, block)
+        elif len(rows) < self.UNPACKED_ROWS:
+            y = (rows @ self.columns).transpose(0, 1)  # (n, blocks, block)
         else:
-            y = F.linear(rows, self.columns.transpose(1, 2).flatten(0, 1))
+            y = F.linear(rows, self.columns.transpose(1, 2).flatten(0, 1))  # (n, blocks * block)
         y = y.reshape(len(rows), -1)[:, : self.out_features]
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
@@ -102,12 +111,12 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def can_sum_columns(dtype: torch.dtype) -> bool:
-    """Whether `OneRowLinear` is fast in a type: this PyTorch has FBGEMM's kernel for it."""
+    """Whether `OneRowLinear` has FBGEMM's kernel for a type: this PyTorch was built with the library."""
     return "fbgemm" in torch.backends.quantized.supported_engines and dtype in (torch.float32, torch.bfloat16)
 
 
 def decoding_copy(model: GPT, dtype: torch.dtype | None = None, rows: int = 1) -> GPT:
-    """A copy that decodes fast: parameters in `dtype`, linear layers packed where that helps. For inference only.
+    """A copy that decodes fast: parameters in `dtype`, linear layers laid out anew where it helps. For inference only.
 
     Parameters that keep their type are shared with the model, buffers (RoPE's angles) keep theirs. A copy that this
     function made is returned as it is.
@@ -115,11 +124,16 @@ def decoding_copy(model: GPT, dtype: torch.dtype | None = None, rows: int = 1) -
     Args:
         model: is left alone.
         dtype: to compute in; None: the parameters' own.
-        rows: that will be decoded at a time.
+        rows: that will be decoded at a time; any number gives the same result.
+
+    Raises:
+        ValueError: the model is such a copy, of another type.
     """
     own = model.wte.weight.dtype
     dtype = dtype or own
-    if isinstance(model.lm_head, PackedLinear | OneRowLinear) and dtype == own:
+    if isinstance(model.lm_head, PackedLinear | OneRowLinear):
+        if dtype != own:
+            raise ValueError(f"this copy decodes in {own}; make one in {dtype} from the model it is a copy of")
         return model
     on_cpu = model.wte.weight.device.type == "cpu"
     one_row, pack = on_cpu and rows == 1 and can_sum_columns(dtype), on_cpu and can_pack(dtype)

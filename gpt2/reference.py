@@ -98,3 +98,34 @@ def milestones(corpus: Corpus | None, size: Size | None) -> tuple[tuple[int, flo
     if corpus is None or size is None:
         return ()
     return tuple((step * RECIPE_TOKENS_PER_STEP, loss) for step, loss in MILESTONES[corpus].get(size, ()))
+
+
+def loss_beside_gpt2(corpus: Corpus | None, size: Size | None, loss: float, val_tokens: int) -> str | None:
+    """How far a validation loss is from the released GPT-2's, in words; None where that is not known.
+
+    Args:
+        corpus: of `corpus_of`.
+        size: of `size_of`.
+        loss: mean over `val_tokens` tokens, nats.
+        val_tokens: said where it is not the baselines' number.
+    """
+    baseline = gpt2_val_loss(corpus, size)
+    if baseline is None or corpus is None:
+        return None
+    text = f"GPT-2 {size} on {CORPUS_TITLES[corpus]} {baseline:.4f}: {_distance(baseline - loss, '.4f')}"
+    if val_tokens != BASELINE_VAL_TOKENS:
+        text += f" (ours over {val_tokens:,} tokens, not {BASELINE_VAL_TOKENS:,})"
+    return text
+
+
+def hellaswag_beside_gpt2(size: Size | None, acc_norm: float) -> str | None:
+    """How far HellaSwag's acc_norm, completion convention, is from the released GPT-2's; None for no size of its."""
+    if size is None:
+        return None
+    baseline = GPT2_HELLASWAG[size]
+    return f"GPT-2 {size} {baseline:.2%}: {_distance(100 * (acc_norm - baseline), '.2f', ' points')}"
+
+
+def _distance(better_by: float, form: str, unit: str = "") -> str:
+    """How far from a baseline: "0.0123 better" or "0.0123 to go"."""
+    return f"{better_by:{form}}{unit} better" if better_by >= 0 else f"{-better_by:{form}}{unit} to go"

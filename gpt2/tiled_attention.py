@@ -35,7 +35,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) 
     groups = q.size(1) // k.size(1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    bias = _bias(q.size(2), window)
+    bias = causal_bias(q.size(2), window)
     y: Tensor = _TiledAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, window)
     return y.view(q.shape)
 
@@ -87,15 +87,14 @@ def _tiles(T: int, window: int | None) -> list[tuple[slice, slice]]:
     ]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _bias(T: int, window: int | None) -> Tensor:
+def causal_bias(T: int, window: int | None) -> Tensor:
     """What is added to the scores of the last tile, were it full: 0, or -inf where a query must not look.
 
-    Other tiles' are parts of it. Where a compiled block computes it once and reads it, its kernels take two thirds of
-    the time they take with comparisons of places in the text.
+    Other tiles' are parts of it. `gpt2.compile` marks it as a constant, computed once and read by the compiled kernels,
+    which take two thirds of the time that they take with comparisons of places in the text.
 
     Returns:
-        (t, past + t), for t = min(T, TILE) queries, the keys before them and their own.
+        (t, past + t), for t = min(T, TILE) queries, the keys before them and their own; fp32.
     """
     t, past = min(T, TILE), (T - 1) // TILE * TILE
     query, key = torch.arange(t)[:, None], torch.arange(-past, t)
@@ -106,7 +105,7 @@ def _bias(T: int, window: int | None) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, queries: slice, keys: slice, bias: Tensor) -> Tensor:
-    """(N, t, s) scaled products of a tile in fp32, -inf where a query must not look."""
+    """(N, t, s) scaled products of a tile in fp32, -inf where a query must not look (NaN if the product is +inf)."""
     scores = (q[:, queries] @ k[:, keys].transpose(1, 2)).float() * q.size(-1) ** -0.5
     rows, past = queries.stop - queries.start, bias.size(1) - bias.size(0)
     return scores + bias[:rows, past + keys.start - queries.start : past + keys.stop - queries.start]

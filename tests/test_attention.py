@@ -247,12 +247,31 @@ def test_cache_returns_what_was_put_in() -> None:
     first, second = torch.randn(2, 3, 2, 2, 8)
     for index in range(2):
         k, v = first + index, first - index
-        assert cache.append(index, k, v) == (k, v)  # the first ones are all there are
+        keys, values = cache.append(index, k, v)
+        assert keys is k  # the first ones are all there are
+        assert values is v
     cache.length = 2
     for index in range(2):
         keys, values = cache.append(index, second, second)
         torch.testing.assert_close(keys, torch.cat((first + index, second), dim=2))
         torch.testing.assert_close(values, torch.cat((first - index, second), dim=2))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_cache_may_be_more_precise_than_the_model(window: int | None) -> None:
+    config = ModelConfig(n_layer=1, n_head=4, n_embd=32, block_size=16, n_kv_head=2, window=window)
+    attn = CausalSelfAttention(config, 0).to(torch.bfloat16).eval()
+    cache = KVCache(config, 2, 9, "cpu", torch.float32)
+    x = torch.randn(2, 9, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = attn(x)
+        parts = []
+        for start, stop in ((0, 4), (4, 8), (8, 9)):
+            parts.append(attn(x[:, start:stop], cache=cache))
+            cache.length = stop
+    assert cache.keys.dtype == torch.float32
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=0.01, rtol=0.02)
 
 
 def test_one_layer_equals_its_equations() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -49,3 +52,8 @@ def test_sampling_from_a_compiled_model_compiles_nothing(monkeypatch: pytest.Mon
     texts = [generate(model, [[1, 2, 3]], max_new_tokens=4, seed=0) for model in (eager, compiled)]
     assert texts[0] == texts[1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_the_compiler_is_loaded_only_to_compile() -> None:
+    code = "import sys, gpt2.model, gpt2.compile; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpt2.attention import KVCache
 from gpt2.config import ModelConfig, RunConfig
 from gpt2.distributed import parallelize, world
 from gpt2.errors import UserError
@@ -89,6 +90,27 @@ def test_bf16_equals_a_model_in_bf16(tmp_path: Path) -> None:
     ours = generate(model, [PROMPTS[0]], max_new_tokens=12, temperature=0, dtype=torch.bfloat16)
     assert ours[0] == theirs[0, 3:].tolist()
     assert model.wte.weight.dtype == torch.float32
+
+
+def test_bf16_without_kernels_for_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain layers take what comes from a cache of another type."""
+    model = build(n_embd=64)
+    expected = generate(model, PROMPTS[:1], max_new_tokens=12, temperature=0, dtype=torch.bfloat16)
+    for name in ("can_pack", "can_sum_columns"):
+        monkeypatch.setattr(f"gpt2.packed.{name}", lambda dtype: False)
+    assert generate(model, PROMPTS[:1], max_new_tokens=12, temperature=0, dtype=torch.bfloat16) == expected
+
+
+def test_a_cpu_keeps_keys_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[torch.dtype] = []
+
+    def spy(*arguments: Any) -> KVCache:
+        kept.append(arguments[-1])
+        return KVCache(*arguments)
+
+    monkeypatch.setattr("gpt2.generate.KVCache", spy)
+    generate(build(), PROMPTS[:1], max_new_tokens=2, dtype=torch.bfloat16)
+    assert kept == [torch.float32]
 
 
 def test_autocast_around_it_chooses_the_type() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -98,10 +100,13 @@ def test_the_scoring_copy_has_the_models_states(changes: dict[str, object], comp
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "layer", "possible"), [(1, OneRowLinear, can_sum_columns), (2, PackedLinear, can_pack)]
+)
 @pytest.mark.parametrize("changes", [{}, {"position": "rope", "bias": False}, {"tie_embeddings": False}])
-def test_the_copy_has_the_models_logits(changes: dict[str, object], rows: int) -> None:
-    layer, possible = ((OneRowLinear, can_sum_columns), (PackedLinear, can_pack))[rows - 1]
+def test_the_copy_has_the_models_logits(
+    changes: dict[str, object], rows: int, layer: type[nn.Module], possible: Callable[[torch.dtype], bool]
+) -> None:
     if not possible(torch.float32) or not possible(torch.bfloat16):
         pytest.skip("this CPU or this PyTorch has no kernel for it")
     model = build(**changes)
@@ -116,6 +121,44 @@ def test_the_copy_has_the_models_logits(changes: dict[str, object], rows: int) -
     assert type(model.lm_head) is nn.Linear  # the model itself is left alone
     assert fast.wte.weight is model.wte.weight
     assert decoding_copy(fast) is fast
+    with pytest.raises(ValueError, match="this copy decodes in"):
+        decoding_copy(fast, torch.bfloat16)
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    ("rows", "sums", "packs", "expected"),
+    [
+        (1, True, True, OneRowLinear),
+        (1, True, False, OneRowLinear),
+        (1, False, True, PackedLinear),
+        (2, True, True, PackedLinear),
+        (2, True, False, nn.Linear),
+    ],
+)
+def test_the_layer_for_each_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch, rows: int, sums: bool, packs: bool, expected: type[nn.Module]
+) -> None:
+    monkeypatch.setattr(packed, "can_sum_columns", lambda dtype: sums)
+    monkeypatch.setattr(packed, "can_pack", lambda dtype: packs)
+    model = build()
+    fast = decoding_copy(model, rows=rows)
+    assert type(fast.lm_head) is expected
+    assert type(fast.get_submodule("h.1.attn.c_attn")) is expected
+    tokens = torch.tensor([[5]])
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(tokens), model(tokens))
+
+
+@pytest.mark.parametrize(("threads", "blocks"), [(1, 2), (2, 2), (3, 4), (6, 7), (99, 7)])
+def test_blocks_are_as_large_as_the_threads_allow(monkeypatch: pytest.MonkeyPatch, threads: int, blocks: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    linear = nn.Linear(96, 256 if threads <= 2 else 200)
+    layer = OneRowLinear(linear, torch.float32)
+    assert len(layer.columns) == blocks
+    x = torch.randn(1, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), linear(x))
 
 
 def test_angles_stay_precise_in_a_bf16_copy() -> None:

@@ -53,3 +53,15 @@ def test_milestones_fall() -> None:
         for points in sizes.values():
             assert list(points) == sorted(points)
             assert [loss for _, loss in points] == sorted((loss for _, loss in points), reverse=True)
+
+
+def test_the_distance_to_gpt2_in_words() -> None:
+    tokens = reference.BASELINE_VAL_TOKENS
+    assert reference.loss_beside_gpt2("fineweb", "124M", 3.5, tokens) == "GPT-2 124M on FineWeb 3.4250: 0.0750 to go"
+    better = reference.loss_beside_gpt2("fineweb-edu", "124M", 3.29, 2048)
+    assert better == "GPT-2 124M on FineWeb-Edu 3.2924: 0.0024 better (ours over 2,048 tokens, not 10,485,760)"
+    assert reference.loss_beside_gpt2(None, "124M", 3.5, tokens) is None
+    assert reference.loss_beside_gpt2("fineweb-edu", "774M", 3.5, tokens) is None
+    assert reference.hellaswag_beside_gpt2("124M", 0.29) == "GPT-2 124M 29.55%: 0.55 points to go"
+    assert reference.hellaswag_beside_gpt2("124M", 0.30) == "GPT-2 124M 29.55%: 0.45 points better"
+    assert reference.hellaswag_beside_gpt2(None, 0.30) is None
