@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -30,34 +30,13 @@ from gpt2.metrics_file import MetricsFile
 from gpt2.phase_clock import PHASES, Phase, PhaseClock
 from gpt2.trackers import Guarded, TensorBoard, Tracker, Wandb, new_run_id, resolve_wandb_mode
 
+if TYPE_CHECKING:
+    from gpt2.hellaswag import Result as HellaSwagResult
+
 EndReason = Literal["finished", "stopped", "nonfinite", "error"]
 
 SMOOTHING = 0.9
 """Weight of the past in the bar's smoothed loss, a logged step."""
-
-
-class HellaSwagScores(Protocol):
-    """What is recorded of a HellaSwag evaluation; fractions."""
-
-    @property
-    def acc(self) -> float:
-        """Correct by the sum over tokens."""
-
-    @property
-    def acc_norm(self) -> float:
-        """Correct by the mean."""
-
-    @property
-    def acc_norm_stderr(self) -> float:
-        """Standard error of `acc_norm`."""
-
-    @property
-    def examples(self) -> int:
-        """Examples scored."""
-
-    @property
-    def convention(self) -> str:
-        """ "completion" or "harness"."""
 
 
 class Metrics:
@@ -255,7 +234,7 @@ class Metrics:
         beside = reference.loss_beside_gpt2(self.corpus, self.size, loss, val_tokens)
         self._stand_out(step, text if beside is None else f"{text} | {beside}")
 
-    def hellaswag(self, step: int, result: HellaSwagScores) -> None:
+    def hellaswag(self, step: int, result: HellaSwagResult) -> None:
         """Record a HellaSwag evaluation."""
         self._write(
             "hellaswag",
