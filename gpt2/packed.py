@@ -56,7 +56,7 @@ class OneRowLinear(nn.Module):
 
     Such a product takes as long as the weights take to come from memory. The operator's kernel, FBGEMM's, was written
     to sum tables that lie there and fetches ahead; oneDNN's, written to reuse what it has read, does not. More rows
-    than one, a prompt's, are multiplied the usual way, at a half to nine tenths of the rate of packed weights.
+    than one, a prompt's, are multiplied the usual way, at six to nine tenths of the rate of packed weights.
 
     Args:
         linear: to compute the same as.
