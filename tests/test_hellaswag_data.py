@@ -1,3 +1,5 @@
+"""Where the examples come from: a file, a cache, sources on the network in turn, and what they fail with."""
+
 from __future__ import annotations
 
 import json
@@ -14,17 +16,6 @@ import gpt2.hellaswag_data as data
 from gpt2.errors import UserError
 from gpt2.hellaswag_data import cache_directory, load_examples, write_atomically
 from gpt2.hellaswag_examples import Example, content_lines, content_sha256
-
-RAW: dict[str, Any] = {
-    "ind": 24,
-    "activity_label": "Roof shingle removal",
-    "ctx_a": "A man is sitting on a roof.",
-    "ctx_b": "he",
-    "ctx": "A man is sitting on a roof. he",
-    "endings": ["wraps skis.", "rips tiles off.", "holds a cube.", "pulls up roofing."],
-    "split": "val",
-    "label": "3",
-}
 
 
 @pytest.fixture
