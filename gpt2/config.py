@@ -10,7 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gpt2.errors import UserError
 
@@ -24,6 +24,14 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise UserError(message)
+
+
+def _require_choices(config: object) -> None:
+    """Demand of every field with a fixed set of values that it has one of them."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+            choices = ", ".join(map(str, get_args(kind)))
+            raise UserError(f"{name} is {getattr(config, name)!r}; choose one of {choices}")
 
 
 def _require_range(config: object, names: str, low: float, high: float = float("inf"), open_: bool = False) -> None:
@@ -44,7 +52,7 @@ class ModelConfig:
     n_layer: int = 12
     """Transformer blocks."""
     n_head: int = 12
-    """Query heads a block; divides n_embd."""
+    """Query heads per block; divides n_embd."""
     n_embd: int = 768
     """Width of the residual stream."""
     block_size: int = 1024
@@ -70,7 +78,7 @@ class ModelConfig:
     norm_position: NormPosition = "pre"
     """Normalise what enters a sub-layer (GPT-2) or the sum that leaves it (Vaswani et al. 2017)."""
     qk_norm: bool = False
-    """RMS-normalise queries and keys a head (Henry et al. 2020)."""
+    """RMS-normalise each head's queries and keys (Henry et al. 2020)."""
     bias: bool = True
     """Biases in linear layers and LayerNorms."""
     dropout: float = 0.0
@@ -83,6 +91,7 @@ class ModelConfig:
     """Start with every block an identity: projections into the residual stream are zero, not N(0, 0.02/√(2L))."""
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         _require_range(self, "n_layer n_head n_embd block_size vocab_size window full_attention_every", 1)
         _require_range(self, "rope_theta logit_softcap", 0, open_=True)
         _require(
@@ -136,18 +145,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which tokens a run reads, and how many a step."""
+    """Which tokens a run reads, and how many per step."""
 
     data: Path = Path("data/fineweb_edu_10B")
     """Directory of token shards, as data/*.py write them; build-nanogpt's and llm.c's load too."""
     micro_batch_size: int = 64
     """Sequences one device passes forward and backward at a time."""
     total_batch_tokens: int = 524_288
-    """Tokens a step, over all devices and micro-batches; GPT-2's 0.5 M is 2**19."""
+    """Tokens per step, over all devices and micro-batches; GPT-2's 0.5 M is 2**19."""
     val_tokens: int = 10_485_760
     """Tokens of the validation split an evaluation reads, from its start; less if the split is smaller."""
     shuffle: bool = True
-    """Draw the blocks of an epoch in a seeded random order instead of the file's."""
+    """Draw the sequences of an epoch in a seeded random order instead of the file's."""
 
     def __post_init__(self) -> None:
         _require_range(self, "micro_batch_size total_batch_tokens val_tokens", 1)
@@ -162,7 +171,7 @@ class OptimConfig:
     learning_rate: float = 6e-4
     """Peak learning rate of AdamW."""
     muon_learning_rate: float = 0.02
-    """Peak learning rate of Muon's matrices, in units of an update with singular values near 1."""
+    """Peak learning rate of Muon's matrices; it scales an update whose singular values are all near 1."""
     schedule: Schedule = "cosine"
     """Shape after the warm-up; wsd: warm-up, stable, decay."""
     warmup_steps: int = 715
@@ -174,9 +183,9 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay, on tensors of two or more dimensions only."""
     beta1: float = 0.9
-    """AdamW's decay of the first moment a step."""
+    """AdamW's decay of the first moment per step."""
     beta2: float = 0.95
-    """AdamW's decay of the second moment a step."""
+    """AdamW's decay of the second moment per step."""
     adam_eps: float = 1e-8
     """AdamW's ε, added to the root of the second moment."""
     muon_momentum: float = 0.95
@@ -185,6 +194,7 @@ class OptimConfig:
     """Largest global gradient norm; a longer gradient is scaled down. 0: no clipping."""
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         _require_range(self, "learning_rate muon_learning_rate adam_eps", 0, open_=True)
         _require_range(self, "weight_decay grad_clip warmup_steps", 0)
         _require_range(self, "min_lr_ratio decay_fraction", 0, 1)
@@ -212,7 +222,7 @@ class RunConfig:
     compile: bool = True
     """Compile the blocks with torch.compile."""
     deterministic: bool = False
-    """Use only deterministic kernels: resuming is then bitwise equal to not having stopped."""
+    """Use only deterministic kernels: resuming with as many processes is then bitwise equal to not having stopped."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Over several processes: replicate the model (DDP), or shard weights, gradients and optimizer (FSDP2)."""
     activation_checkpointing: bool = False
@@ -225,10 +235,11 @@ class RunConfig:
     allow_config_change: bool = False
     """Let a resumed run go on with changed settings that alter its results (learning rate, steps, batch, ...)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient norm that is not finite: stop before the update (exit code 3), or skip the update, at most
-    5 times in a row."""
+    """A loss or gradient norm that is not finite: stop before the update (exit code 3), or skip the update; five in
+    a row end the run all the same."""
     spike_zscore: float | None = None
-    """Skip an update whose loss or gradient norm lies this many standard deviations above its recent mean."""
+    """Skip an update whose loss or gradient norm lies this many standard deviations above its recent mean; five
+    in a row end the run (exit code 3)."""
     log_every: int = 10
     """Steps between two lines of the log."""
     eval_every: int = 250
@@ -263,6 +274,7 @@ class RunConfig:
     """Steps to trace with PyTorch's profiler, after the first few, into RUN/profile. 0: none."""
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         _require_range(self, "max_steps log_every keep sample_tokens", 1)
         _require_range(self, "seed", 0, 2**63 - 1)
         _require_range(self, "eval_every hellaswag_limit num_samples checkpoint_every checkpoint_minutes", 0)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
@@ -61,6 +62,34 @@ def test_values_out_of_range_are_refused_by_name(kind, settings):
         kind(**settings)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "some"),
+    [
+        (ModelConfig, "position", "learned, rope, none"),
+        (ModelConfig, "activation", "gelu_tanh, gelu, relu, relu2, swiglu"),
+        (ModelConfig, "norm", "layernorm, rmsnorm"),
+        (ModelConfig, "norm_position", "pre, post"),
+        (OptimConfig, "optimizer", "adamw, muon"),
+        (OptimConfig, "schedule", "cosine, linear, wsd, constant"),
+        (RunConfig, "dtype", "auto, bf16, tf32, fp32"),
+        (RunConfig, "parallel", "ddp, fsdp"),
+        (RunConfig, "on_nonfinite", "stop, skip"),
+        (RunConfig, "wandb", "auto, online, offline, disabled"),
+    ],
+)
+def test_misspelt_choices_are_refused_with_the_right_ones(kind, name, some):
+    with pytest.raises(UserError, match=f"{name} is 'typo'; choose one of {some}"):
+        kind(**{name: "typo"})
+
+
+def test_every_choice_of_the_settings_is_tested_above():
+    marks = test_misspelt_choices_are_refused_with_the_right_ones.pytestmark
+    tested = {(kind, name) for kind, name, _ in marks[0].args[1]}
+    kinds = (ModelConfig, DataConfig, OptimConfig, RunConfig)
+    choices = {(k, n) for k in kinds for n, hint in get_type_hints(k).items() if get_origin(hint) is Literal}
+    assert tested == choices
+
+
 def test_a_batch_is_whole_sequences():
     with pytest.raises(UserError, match="total_batch_tokens 1500 is not a multiple of block_size 1024; choose 1024"):
         Config(data=DataConfig(total_batch_tokens=1500))
@@ -95,6 +124,9 @@ def test_load_says_what_is_wrong(tmp_path):
             Config.load(tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"model": {"n_lair": 3}}')
     with pytest.raises(UserError, match="n_lair"):
+        Config.load(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"optim": {"schedule": "cosin"}}')
+    with pytest.raises(UserError, match="schedule is 'cosin'"):
         Config.load(tmp_path / "config.json")
 
 
