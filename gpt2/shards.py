@@ -279,11 +279,12 @@ def write_dataset(
     described, dtype = describe_tokenizer(tokenizer)
     manifest = Manifest(name, False, source or {}, described, dtype)
     save_manifest(path, manifest)  # unfinished: whoever opens the directory now is told so
-    blocks = [("val", np.asarray(val_tokens))]
-    train = np.asarray(train_tokens)
-    blocks += [("train", train[i : i + shard_tokens]) for i in range(0, max(len(train), 1), shard_tokens)]
+    splits = {"val": np.asarray(val_tokens), "train": np.asarray(train_tokens)}
+    places = [("val", 0), *(("train", start) for start in range(0, max(len(splits["train"]), 1), shard_tokens))]
     shards = []
-    for index, (split, tokens) in enumerate(blocks):
+    for index, (split, start) in enumerate(places):
+        stop = start + shard_tokens if split == "train" else len(splits["val"])
+        tokens = splits[split][start:stop]
         if tokens.ndim != 1 or not tokens.size:
             raise UserError(f"no {split} tokens to write to {directory}; give more text")
         if not 0 <= tokens.min() <= tokens.max() < tokenizer.n_vocab:
@@ -292,17 +293,23 @@ def write_dataset(
         with ShardWriter(shard_path, dtype, len(tokens)) as writer:
             writer.append(tokens)
             writer.finish()
-        shards.append(_entry_in_memory(shard_path.name, split, tokens, tokenizer, writer.sha256))
+        shards.append(_entry_in_memory(shard_path.name, split, splits[split], start, stop, tokenizer, writer.sha256))
     save_manifest(path, replace(manifest, complete=True, shards=tuple(shards)))
     return open_dataset(directory)
 
 
-def _entry_in_memory(file: str, split: str, tokens: np.ndarray, tokenizer: Tokenizer, sha256: str) -> ShardEntry:
-    """Counts of a shard of `write_dataset`; a document cut by a shard's end counts as two lengths."""
-    starts = np.flatnonzero(tokens == tokenizer.eot_token) if tokenizer.eot_token is not None else [0]
+def _entry_in_memory(
+    file: str, split: str, tokens: np.ndarray, start: int, stop: int, tokenizer: Tokenizer, sha256: str
+) -> ShardEntry:
+    """Counts of the shard of `write_dataset` that holds `tokens[start:stop]` of a split's tokens."""
+    separator = tokenizer.eot_token is not None
+    starts = np.flatnonzero(tokens == tokenizer.eot_token) if separator else np.zeros(1, dtype=np.int64)
+    ends = np.append(starts[1:], len(tokens))[: len(starts)]
     lengths: dict[int, int] = {}
-    for length in np.diff([*starts, len(tokens)]) - (tokenizer.eot_token is not None):
+    for length in (ends - starts - separator)[(start < ends) & (ends <= stop)]:
         edge = length_bin(int(length))
         lengths[edge] = lengths.get(edge, 0) + 1
-    text_bytes = len(tokenizer.decode_bytes(tokens[tokens != tokenizer.eot_token]))
-    return ShardEntry(file, split, len(tokens), len(starts), text_bytes, sha256, -1, dict(sorted(lengths.items())))
+    own = tokens[start:stop]
+    documents = int(((start <= starts) & (starts < stop)).sum())
+    text_bytes = len(tokenizer.decode_bytes(own[own != tokenizer.eot_token]))
+    return ShardEntry(file, split, len(own), documents, text_bytes, sha256, -1, dict(sorted(lengths.items())))

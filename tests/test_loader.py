@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,18 @@ def test_ids_survive_the_way_to_the_device(dtype: type[np.unsignedinteger[Any]])
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path, np.arange(4000), np.arange(100), VOCABULARY, shard_tokens=1000)
-    blocks = Blocks(dataset.train, 16, 4000, seed=1)
-    blocks.read(blocks.order(np.arange(blocks.count)))
-    arrays = [value for value in vars(blocks).values() if isinstance(value, np.ndarray)]
-    assert not arrays
+    def peak(tokens: int) -> int:
+        ids = np.arange(tokens) % 4000
+        stream = write_dataset(tmp_path / str(tokens), ids, ids[:100], VOCABULARY, shard_tokens=50_000).train
+        tracemalloc.start()
+        try:
+            blocks = Blocks(stream, 16, 4000, seed=1)
+            for start in range(0, 256, 32):
+                blocks.read(blocks.order(np.arange(start, start + 32)))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(5_000)  # what only the first time costs
+    few, many = peak(10_000), peak(400_000)  # 25,000 blocks, whose numbers alone would take 200 kB
+    assert many < few + 50_000

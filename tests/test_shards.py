@@ -125,6 +125,17 @@ def test_ranges_over_any_shards(tmp_path_factory, sizes, a, b):
     assert stream.read(start, stop).tolist() == everything[start:stop]
 
 
+def test_a_document_over_several_shards_is_counted_where_it_begins_and_measured_where_it_ends(tmp_path):
+    eot = gpt2_tokenizer().eot_token
+    tokens = np.array([eot, *range(30), eot, *range(5)])
+    dataset = write_dataset(tmp_path, tokens, tokens, gpt2_tokenizer(), shard_tokens=10)
+    assert dataset.manifest is not None
+    val, *train = dataset.manifest.shards
+    assert [shard.documents for shard in train] == [1, 0, 0, 1]
+    assert [shard.lengths for shard in train] == [{}, {}, {}, {5: 1, 30: 1}]
+    assert (val.documents, val.lengths) == (2, {5: 1, 30: 1})
+
+
 def test_range_outside_the_stream(tmp_path):
     stream = open_dataset(peers_directory(tmp_path, "npy")).train
     for start, stop in ((-1, 3), (0, 901), (5, 4)):
