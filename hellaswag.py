@@ -26,7 +26,7 @@ from gpt2.console import duration
 from gpt2.distributed import World, world
 from gpt2.errors import UserError, run_cli
 from gpt2.hellaswag import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Result, evaluate
-from gpt2.hellaswag_data import from_rank_0, load_examples, write_atomically
+from gpt2.hellaswag_data import load_examples, write_atomically
 from gpt2.hellaswag_examples import Example, spread
 from gpt2.hellaswag_rows import CONVENTIONS
 from gpt2.huggingface import load_pretrained, resolve_model
@@ -222,7 +222,7 @@ def check_writable(path: Path | None) -> None:
 def run(args: argparse.Namespace, this: World) -> None:
     """Evaluate and report; called by every process."""
     # Models first: they may be misspelt, and are found sooner than the data is fetched.
-    directories = [from_rank_0(this, partial(resolve_model, spec)) for spec in args.model]
+    directories = [this.on_main(partial(resolve_model, spec)) for spec in args.model]
     examples = spread(load_examples(args.data, args.split, world=this), args.limit)
     conventions = CONVENTIONS if args.convention == "both" else (args.convention,)
     dtype = torch.bfloat16 if resolve_dtype(args.dtype, this.device) == "bf16" else torch.float32

@@ -6,7 +6,7 @@
 
 `--help` lists the presets and settings. The run's directory receives its configuration, metrics, samples and
 checkpoints; the same command continues a run that was stopped. Exit codes: 0 finished, or stopped by a signal and ready
-to go on; 2 something to be put right; 3 a loss or gradient that is not finite.
+to go on; 2 something to be put right; 3 a loss or gradient that is not finite, or five skipped updates in a row.
 """
 
 from __future__ import annotations
@@ -33,29 +33,18 @@ from gpt2.checkpoint_writer import CheckpointWriter
 from gpt2.config import Config
 from gpt2.distributed import WholeErrorFile, World, parallelize, place_like, shorten_timeout, whole, world
 from gpt2.errors import UserError, run_cli
-from gpt2.evaluate import validation_loss
-from gpt2.generate import generate
+from gpt2.evaluator import Evaluator
 from gpt2.guards import MAX_SKIPS_IN_A_ROW, StepGuard, StopSignals, lock_run
 from gpt2.hang import HangWatch, enable_flight_recorder
 from gpt2.hardware import device_name, environment
-from gpt2.hellaswag import evaluate as evaluate_hellaswag
-from gpt2.hellaswag_data import load_examples
-from gpt2.hellaswag_examples import Example, spread
 from gpt2.loader import Blocks, Loader
 from gpt2.metrics import EndReason, Metrics
 from gpt2.model import GPT
 from gpt2.optim import describe_groups, load_state_tensors, make_optimizers, set_learning_rates, state_tensors
-from gpt2.out_of_memory import (
-    advice,
-    first_line,
-    fitting_micro_batch,
-    is_out_of_memory,
-    record_allocations,
-    write_snapshot,
-)
+from gpt2.out_of_memory import explain, first_line, is_out_of_memory, record_allocations
 from gpt2.phase_clock import Phase
 from gpt2.plan import Plan, device_memory, make_plan
-from gpt2.precision import autocast, make_deterministic, resolve_dtype, set_matmul_precision
+from gpt2.precision import make_deterministic, resolve_dtype, set_matmul_precision
 from gpt2.presets import parse_args
 from gpt2.profile import StepProfiler
 from gpt2.resume import Origin, find_origin, find_start, is_own, load_weights, write_config
@@ -64,11 +53,22 @@ from gpt2.shards import open_dataset
 from gpt2.step import Flags, MicroBatches, PendingNumbers, ranks_with_bad_gradient, seed_step, train_step
 from gpt2.tokenizer import Tokenizer
 
-NONFINITE_EXIT = 3
+DIVERGED_EXIT = 3
 
 
 class Diverged(Exception):
-    """A loss or gradient is not finite, and the run was to stop then."""
+    """The run can't go on like this: a loss or gradient is not finite, or update after update was skipped.
+
+    Args:
+        message: what happened, and in which step.
+        reason: as `run_end` records it.
+        hint: what may help.
+    """
+
+    def __init__(self, message: str, reason: EndReason, hint: str):
+        super().__init__(message)
+        self.reason: EndReason = reason
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ class Run:
         self.saved_step = self.step if training else -1
         self.saved_at = time.monotonic()
         self.announce()
-        self.examples = self.hellaswag_examples()
+        self.evaluator = Evaluator(
+            self.config, self.model, world, self.dtype, self.val_blocks, self.tokenizer, self.say
+        )
         own = start is not None and is_own(start, self.directory)
         world.on_main(lambda: self.open_outputs(training["metrics_position"] if own else 0))
 
@@ -152,11 +154,20 @@ class Run:
         self.train_blocks = blocks(self.dataset.train, seed=config.run.seed if config.data.shuffle else None)
         self.val_blocks = blocks(self.dataset.val)
         memory = device_memory(world.device)
-        plan = make_plan(config, self.dataset, self.train_blocks, self.val_blocks, world.size, self.dtype, memory)
-        self.prompt = self.tokenizer.encode(config.run.sample_prompt) if config.run.num_samples else []
-        if config.run.num_samples and not 0 < len(self.prompt) <= config.model.block_size:
+        plan = make_plan(
+            config,
+            self.dataset,
+            self.train_blocks,
+            self.val_blocks,
+            world.size,
+            self.dtype,
+            world.device.type,
+            memory,
+        )
+        prompt = self.tokenizer.encode(config.run.sample_prompt) if config.run.num_samples else []
+        if config.run.num_samples and not 0 < len(prompt) <= config.model.block_size:
             raise UserError(
-                f"sample_prompt has {len(self.prompt)} tokens; it must have between 1 and block_size "
+                f"sample_prompt has {len(prompt)} tokens; it must have between 1 and block_size "
                 f"{config.model.block_size}"
             )
         return plan
@@ -244,29 +255,16 @@ class Run:
             failed=self.metrics.message,
         )
 
-    def hellaswag_examples(self) -> tuple[Example, ...]:
-        """The examples evaluations score; none if that is not wanted or they are not to be had."""
-        limit = self.config.run.hellaswag_limit
-        if limit == 0 or self.config.run.eval_every == 0:
-            return ()
-        if self.tokenizer.name != "gpt2":
-            self.say(f"HellaSwag is left out: it needs GPT-2's tokens, and these are of {self.tokenizer.name!r}")
-            return ()
-        try:
-            return spread(load_examples(self.config.run.hellaswag_data, world=self.world), limit)
-        except UserError as error:
-            if self.config.run.hellaswag_data is not None:
-                raise
-            self.say(f"HellaSwag is left out: {error}")
-            return ()
-
     def train(self) -> int:
         """Run to the last step, or to a reason to stop; returns the exit code."""
         settings, total_steps = self.config.run, self.config.run.max_steps
         if self.evaluation_is_due() and self.val_loss is None:  # a stop does not wait for its step's
             self.evaluate()
         if self.step >= total_steps:
-            self.say(f"the run is finished: {self.step} of {total_steps} steps are done; --max-steps goes further")
+            self.say(
+                f"the run is finished: {self.step} of {total_steps} steps are done; "
+                "--max-steps N --allow-config-change goes further"
+            )
             return self.finish("finished")
         profiler: StepProfiler | None = None
         if settings.profile and self.world.is_main:
@@ -305,13 +303,12 @@ class Run:
                     ),
                 )
                 self.advance()
-                # A GPU's numbers are read while its next step runs, so that it never waits for the host.
                 if pending is not None:
                     self.digest(pending)
                 pending = PendingStep(self.step, factor * self.config.optim.learning_rate, numbers, batches)
                 evaluate = self.evaluation_is_due()
                 save = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
-                at_once = first or self.world.device.type != "cuda" or self.step == total_steps
+                at_once = first or not reads_late(self.world.device) or self.step == total_steps
                 if at_once or evaluate or save or self.stopping or self.save_due:
                     self.digest(pending)
                     pending = None
@@ -322,7 +319,7 @@ class Run:
                 if profiler is not None:
                     profiler.step()
                 self.watch.disarm()
-                if evaluate and not self.stopping:  # who stops a run may not wait for long; the next start evaluates
+                if evaluate and not self.stopping:  # a stop must not wait for long; the next start evaluates
                     self.evaluate()
                 if save or self.save_due or self.stopping or self.step == total_steps:
                     self.save()
@@ -348,7 +345,7 @@ class Run:
         self.val_loss = None
         blocks = self.train_blocks.count
         for epoch in range(before // blocks + 1, self.sample // blocks + 1):
-            self.say(f"epoch {epoch} ended in step {self.step}: each of {blocks:,} blocks was read once")
+            self.say(f"epoch {epoch} ended in step {self.step}: each of {blocks:,} sequences was read once")
 
     def evaluation_is_due(self) -> bool:
         """Whether this step is one that evaluates: every `eval_every`-th, the first and the last."""
@@ -367,16 +364,24 @@ class Run:
         if numbers.updated:
             self.skips_in_a_row = 0
         elif numbers.nonfinite and self.config.run.on_nonfinite == "stop":
-            raise Diverged(self.describe_failure(pending, numbers.bad_ranks))
+            raise Diverged(
+                self.describe_failure(pending, numbers.bad_ranks),
+                "nonfinite",
+                "--on-nonfinite skip --allow-config-change, added to it, leaves such steps out",
+            )
         else:
             self.skips_in_a_row += 1
+            reason: EndReason = "nonfinite" if numbers.nonfinite else "spike"
             if self.metrics is not None:
-                reason = "nonfinite" if numbers.nonfinite else "spike"
                 self.metrics.skip(pending.step, reason, numbers.loss, numbers.grad_norm)
             if self.skips_in_a_row == MAX_SKIPS_IN_A_ROW:
                 raise Diverged(
                     f"{self.skips_in_a_row} updates in a row were skipped, the last at step {pending.step} "
-                    f"(loss {numbers.loss}, gradient norm {numbers.grad_norm})"
+                    f"(loss {numbers.loss}, gradient norm {numbers.grad_norm})",
+                    reason,
+                    "a lower --learning-rate"
+                    + (" or a higher --spike-zscore" if reason == "spike" else "")
+                    + " may help; --allow-config-change lets this run go on with it",
                 )
         log_every = self.config.run.log_every
         if self.metrics is not None and (pending.step % log_every == 0 or pending.step == self.config.run.max_steps):
@@ -403,59 +408,11 @@ class Run:
         minutes = self.config.run.checkpoint_minutes
         return self.world.is_main and minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
 
-    @torch.no_grad()
     def evaluate(self) -> None:
-        """Validation loss, HellaSwag and samples of the model as it is now."""
-        config = self.config
+        """Evaluate the model as it is now."""
         with self.phase("eval"):
-            self.val_loss = validation_loss(
-                self.model,
-                self.val_blocks,
-                config.data.val_tokens,
-                config.data.micro_batch_size,
-                self.world,
-                partial(autocast, self.world.device, self.dtype),
-            )
-            if self.metrics is not None:
-                self.metrics.val(self.step, self.val_loss, self.plan.val_tokens)
-            if self.examples:
-                self.score_hellaswag()
-            if config.run.num_samples and (self.world.is_main or isinstance(self.model, FSDPModule)):
-                self.draw_samples()
-            if isinstance(self.model, FSDPModule):
-                self.model.reshard()  # evaluation gathered weights that the next update makes stale
+            self.val_loss = self.evaluator.evaluate(self.step, self.metrics)
             self.stopping |= self.world.any(self.signals.received is not None)
-
-    def score_hellaswag(self) -> None:
-        """Score HellaSwag's examples; a model without finite scores is only told."""
-        dtype = torch.bfloat16 if self.dtype == "bf16" else torch.float32
-        try:
-            result = evaluate_hellaswag(self.model, self.examples, self.tokenizer, world=self.world, dtype=dtype)
-        except UserError as error:  # the same in every process
-            self.say(f"HellaSwag is left out at step {self.step}: {error}")
-            return
-        if self.metrics is not None:
-            self.metrics.hellaswag(self.step, result)
-
-    def draw_samples(self) -> None:
-        """Sample texts; a model that can't is only told, as rank 0 may be alone here."""
-        settings = self.config.run
-        try:
-            with autocast(self.world.device, self.dtype):
-                texts = generate(
-                    self.model,
-                    [self.prompt] * settings.num_samples,
-                    max_new_tokens=settings.sample_tokens,
-                    top_k=50,
-                    eot_token=self.tokenizer.eot_token,
-                    seed=settings.seed,
-                )
-        except UserError as error:
-            self.say(f"no samples at step {self.step}: {error}")
-            return
-        if self.metrics is not None:
-            for text in texts:
-                self.metrics.sample(self.step, settings.sample_prompt, self.tokenizer.decode(text))
 
     def save(self) -> None:
         """Copy the state to the host and begin to write it."""
@@ -522,23 +479,10 @@ class Run:
             if last is not None
             else f"there is no checkpoint to go back to; start over with: {self.resume_command()}"
         )
-        self.say("--on-nonfinite skip --allow-config-change, added to it, leaves such steps out")
-        self.finish("nonfinite")
-        return NONFINITE_EXIT
-
-    def out_of_memory(self, error: BaseException) -> UserError:
-        """What to do now that this process's memory is full."""
-        device = self.world.device
-        parameters, memory = self.plan.parameters, device_memory(device)
-        fitting = fitting_micro_batch(self.config, parameters, self.world.size, self.dtype, memory)
-        snapshot = self.directory / f"out_of_memory_rank{self.world.rank}.pickle"
-        picture = f"; {snapshot} shows what filled it (https://pytorch.org/memory_viz)"
-        return UserError(
-            f"rank {self.world.rank} is out of memory on {device} with --micro-batch-size "
-            f"{self.config.data.micro_batch_size} ({first_line(error)}); {advice(fitting, self.config)}"
-            + (picture if write_snapshot(snapshot, device) else ""),
-            alone=True,
-        )
+        if failure.hint:
+            self.say(failure.hint)
+        self.finish(failure.reason)
+        return DIVERGED_EXIT
 
     def resume_command(self) -> str:
         """The words that continue this run."""
@@ -546,6 +490,11 @@ class Run:
         if int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size)) != self.world.size:
             start = "torchrun, with the same words as now on each machine,"
         return f"{start} train_gpt2.py --config {shlex.quote(str(self.directory / 'config.json'))}"
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether a step's numbers are read while the next step runs: of a GPU, which would else wait for the host."""
+    return device.type == "cuda"
 
 
 def _silent(text: str) -> None:
@@ -584,7 +533,7 @@ def main() -> int:
                 print(f"error: {line}", file=sys.stderr)
             run.finish("error")
             if is_out_of_memory(error):
-                raise run.out_of_memory(error) from None
+                raise explain(error, run.config, run.plan.parameters, this, run.dtype) from None
             raise
 
 

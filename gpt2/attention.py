@@ -169,8 +169,8 @@ def flex_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tenso
 def training_backends(device: torch.device) -> AbstractContextManager[None]:
     """The context to train in: which of SDPA's kernels come first.
 
-    On Hopper cuDNN's is about twice as fast as the flash kernel for training's shapes, and slower before and after. It
-    plans anew for every shape, so the context is for batches that all look alike, not for sampling.
+    On Hopper cuDNN's comes first: it was written for that generation's tensor cores, PyTorch's flash kernel for the one
+    before. It plans anew for every shape, so the context is for batches that all look alike, not for sampling.
 
     Args:
         device: computed on; other than CUDA there is nothing to choose.

@@ -102,18 +102,24 @@ class World:
             work: done by every process, without waiting for others; its result stays here.
 
         Raises:
-            UserError: that of the first process that raised one, in every process.
+            UserError: of the first process that failed, in every process; a process that fails in another way raises
+                that itself.
         """
         if self.size == 1:
             return work()
         result: T | None = None
         message: str | None = None
+        failure: Exception | None = None
         try:
             result = work()
         except UserError as error:
             message = str(error)
+        except Exception as error:
+            failure, message = error, f"rank {self.rank} failed: {error!r}"
         messages: list[str | None] = [None] * self.size
         dist.all_gather_object(messages, message)
+        if failure is not None:
+            raise failure
         for found in messages:
             if found is not None:
                 raise UserError(found)

@@ -17,9 +17,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import TypeVar
 
 from gpt2.distributed import World
 from gpt2.errors import UserError
@@ -63,24 +61,7 @@ def load_examples(path: Path | None = None, split: str = "val", *, world: World 
     """
     if world is None:
         return _load(path, split)
-    return from_rank_0(world, lambda: _load(path, split))
-
-
-def from_rank_0(world: World, make: Callable[[], T]) -> T:
-    """What `make` returns, or the UserError it raises, when called on rank 0 alone; the same in all processes."""
-    if world.size == 1:
-        return make()
-    answer: list[Any] = [None]
-    if world.is_main:
-        try:
-            answer[0] = make()
-        except UserError as error:
-            answer[0] = error
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    made: T = answer[0]
-    return made
+    return world.on_main(lambda: _load(path, split))
 
 
 def cache_directory() -> Path:

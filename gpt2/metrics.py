@@ -33,7 +33,7 @@ from gpt2.trackers import Guarded, TensorBoard, Tracker, Wandb, new_run_id, reso
 if TYPE_CHECKING:
     from gpt2.hellaswag import Result as HellaSwagResult
 
-EndReason = Literal["finished", "stopped", "nonfinite", "error"]
+EndReason = Literal["finished", "stopped", "nonfinite", "spike", "error"]
 
 SMOOTHING = 0.9
 """Weight of the past in the bar's smoothed loss, a logged step."""

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from gpt2.config import Config
-from gpt2.plan import expected_memory
+from gpt2.distributed import World
+from gpt2.errors import UserError
+from gpt2.plan import device_memory, expected_memory
 
 # Of MPS, of the CPU allocator on Linux and on Windows; CUDA has an exception of its own.
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
@@ -27,7 +29,12 @@ def first_line(error: BaseException) -> str:
 
 
 def fitting_micro_batch(
-    config: Config, parameters: int, world_size: int, dtype: str, device_memory_bytes: float | None
+    config: Config,
+    parameters: int,
+    world_size: int,
+    dtype: str,
+    device_type: str,
+    device_memory_bytes: float | None,
 ) -> int | None:
     """The largest smaller micro-batch that divides a process's part of the step and should fit; None if none does.
 
@@ -38,6 +45,7 @@ def fitting_micro_batch(
         parameters: of the model.
         world_size: processes of the run.
         dtype: of `gpt2.precision.resolve_dtype`.
+        device_type: such as "cuda".
         device_memory_bytes: of `gpt2.plan.device_memory`; None: half the micro-batch is as good a guess as any.
     """
     size = config.data.micro_batch_size
@@ -48,7 +56,7 @@ def fitting_micro_batch(
 
     def needed(micro_batch_size: int) -> float:
         smaller = replace(config, data=replace(config.data, micro_batch_size=micro_batch_size))
-        return expected_memory(smaller, parameters, world_size, dtype)
+        return expected_memory(smaller, parameters, world_size, dtype, device_type)
 
     scale = max(1.0, device_memory_bytes / needed(size))
     return next((b for b in smaller if scale * needed(b) <= 0.95 * device_memory_bytes), None)
@@ -83,3 +91,24 @@ def write_snapshot(path: Path, device: torch.device) -> bool:
     except (OSError, RuntimeError):
         return False
     return True
+
+
+def explain(error: BaseException, config: Config, parameters: int, world: World, dtype: str) -> UserError:
+    """What to do now that this process's memory is full; a picture of it goes to the run's directory.
+
+    Args:
+        error: one that `is_out_of_memory`.
+        config: of the run that did not fit.
+        parameters: of the model.
+        world: the run's processes.
+        dtype: of `gpt2.precision.resolve_dtype`.
+    """
+    device = world.device
+    fitting = fitting_micro_batch(config, parameters, world.size, dtype, device.type, device_memory(device))
+    snapshot = config.run.run_dir / f"out_of_memory_rank{world.rank}.pickle"
+    picture = f"; {snapshot} shows what filled it (https://pytorch.org/memory_viz)"
+    return UserError(
+        f"rank {world.rank} is out of memory on {device} with --micro-batch-size {config.data.micro_batch_size} "
+        f"({first_line(error)}); {advice(fitting, config)}" + (picture if write_snapshot(snapshot, device) else ""),
+        alone=True,
+    )

@@ -11,6 +11,7 @@ from gpt2.config import Config
 from gpt2.errors import UserError
 from gpt2.evaluate import count_val_blocks
 from gpt2.loader import Blocks
+from gpt2.loss import chunk_size
 from gpt2.model import GPT
 from gpt2.shards import Dataset
 
@@ -54,7 +55,7 @@ class Plan:
             "model": f"{self.parameters:,} parameters: {model.n_layer} blocks, {model.n_head} heads, "
             f"width {model.n_embd}, context {model.block_size}, vocabulary {model.vocab_size:,}",
             "device": f"{world_size} × {device}, {dtype}" + (", compiled" if config.run.compile else ""),
-            "data": f"{data.data}: {self.train_tokens:,} tokens to train on, in {self.blocks_per_epoch:,} blocks"
+            "data": f"{data.data}: {self.train_tokens:,} tokens to train on, in {self.blocks_per_epoch:,} sequences"
             + (f" ({self.leftover_tokens} left over)" if self.leftover_tokens else ""),
             "step": f"{self.tokens_per_step:,} tokens = {data.micro_batch_size} × {model.block_size} tokens "
             f"× {world_size} processes × {self.grad_accum_steps} micro-steps",
@@ -75,6 +76,7 @@ def make_plan(
     val: Blocks,
     world_size: int,
     dtype: str,
+    device_type: str,
     device_memory_bytes: float | None,
 ) -> Plan:
     """Work out what a run will do.
@@ -86,6 +88,7 @@ def make_plan(
         val: its validation split in blocks.
         world_size: processes that share a step.
         dtype: of `gpt2.precision.resolve_dtype`.
+        device_type: such as "cuda".
         device_memory_bytes: of `device_memory`.
 
     Raises:
@@ -126,7 +129,7 @@ def make_plan(
         blocks_per_epoch=train.count,
         leftover_tokens=train.leftover,
         val_tokens=count_val_blocks(val, data.val_tokens) * model.block_size,
-        memory_bytes=expected_memory(config, parameters, world_size, dtype),
+        memory_bytes=expected_memory(config, parameters, world_size, dtype, device_type),
         device_memory_bytes=device_memory_bytes,
     )
 
@@ -141,13 +144,14 @@ def _fitting_micro_batch(config: Config, world_size: int) -> str:
     return f" or --micro-batch-size {size}"
 
 
-def expected_memory(config: Config, parameters: int, world_size: int, dtype: str) -> float:
+def expected_memory(config: Config, parameters: int, world_size: int, dtype: str, device_type: str) -> float:
     """Bytes a process will hold at most, to about a fifth.
 
     Weights, gradients and AdamW's two moments are 16 bytes a parameter, sharded under FSDP; autocast holds a copy in
     bf16. A block keeps about 36 bytes of activations per token and unit of width in bf16 (the residual stream and two
     normalised copies, q, k, v, the attention's output, the MLP's hidden layer twice), 64 in fp32; with checkpointing
-    only its input. The head keeps a chunk of 1,024 logits and their gradient.
+    only its input. The head holds a chunk of logits, which become their gradient in place, and its matrix's gradient
+    twice; without the compiler a GPU also holds the chunk and its softmax in fp32.
     """
     model = config.model
     shards = world_size if config.run.parallel == "fsdp" else 1
@@ -158,8 +162,12 @@ def expected_memory(config: Config, parameters: int, world_size: int, dtype: str
         activations = tokens * (4 * model.n_embd * model.n_layer + per_block)
     else:
         activations = tokens * per_block * model.n_layer
-    head = min(tokens, 1024) * model.padded_vocab_size * 12
-    return state + activations + head
+    per_logit = 2 if dtype == "bf16" else 4
+    if device_type != "cpu" and not config.run.compile:
+        per_logit += 8
+    logits = min(tokens, chunk_size(device_type)) * model.padded_vocab_size * per_logit
+    head_gradient = 8 * model.padded_vocab_size * model.n_embd
+    return state + activations + logits + head_gradient
 
 
 def device_memory(device: torch.device) -> float | None:

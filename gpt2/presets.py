@@ -140,6 +140,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     import tyro  # a third of a second, which importing the library need not cost
 
     words = ["--run-dir" + word[len("--run") :] if word.split("=")[0] == "--run" else word for word in argv]
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     named = presets()
     if "--config" in words:
         at = words.index("--config")
@@ -159,8 +160,8 @@ def parse_args(argv: Sequence[str]) -> Config:
     description = (
         "Train a GPT-2. The first word names a preset (gpt2 if there is none):\n"
         f"{lines}\n"
-        "--config RUN/config.json in its place repeats a run. Each setting below is a flag; the defaults shown are the "
-        "preset's."
+        "--config RUN/config.json in its place goes on with a run, or repeats it in another --run. Each setting "
+        "below is a flag; the defaults shown are the preset's."
     )
     # From rank 0 only: torchrun's other processes would say the same of the same words.
     quiet = os.environ.get("RANK", "0") != "0"

@@ -137,7 +137,7 @@ class Run:
         return total
 
     def status(self, now: float | None = None) -> str:
-        """ "running", how it ended ("finished", "stopped", "nonfinite", "error"), or "crashed".
+        """ "running", how it ended ("finished", "stopped", "nonfinite", "spike", "error"), or "crashed".
 
         Args:
             now: Unix seconds; None: the clock.

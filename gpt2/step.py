@@ -148,7 +148,7 @@ def ranks_with_bad_gradient(model: nn.Module, batches: MicroBatches, world: Worl
         dtype: as in the step.
     """
     for tokens, targets in batches:
-        with autocast(world.device, dtype):
+        with autocast(world.device, dtype), training_backends(world.device):
             loss = model(tokens, targets)
         loss.backward()
     bad = torch.zeros(world.size, device=world.device)

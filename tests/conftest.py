@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,14 @@ from gpt2.tokenizer import CharTokenizer
 
 CHARS = "".join(map(chr, range(ord("A"), ord("Z") + 1))) + "abcdefghijklmnopqrstuvwxyz .,!?\n'"
 """59 characters: a vocabulary that is no multiple of 64, so that its padding is in play."""
+
+
+@pytest.fixture(params=[False, True], ids=["numbers at once", "numbers late"])
+def reading(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A run that reads each step's numbers at once, as on a CPU, and one that reads them a step late, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_gpt2.reads_late", lambda device: request.param)
+        yield
 
 
 @pytest.fixture(scope="session")

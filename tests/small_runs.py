@@ -70,10 +70,12 @@ def flags(config: Config) -> list[str]:
     return words
 
 
-def train(config: Config, stop_after: int | None = None, prepare: Callable[[Run], None] | None = None) -> Run:
+def train(
+    config: Config, stop_after: int | None = None, prepare: Callable[[Run], None] | None = None, world: World = ALONE
+) -> Run:
     """Run to the end in this process, or until it is told to stop while it takes a later step than `stop_after`."""
     signals = StopSignals()
-    run = Run(config, ALONE, signals)
+    run = Run(config, world, signals)
     if stop_after is not None:
         advance = run.advance
 

@@ -18,7 +18,7 @@ CONFIG = Config(data=DataConfig(micro_batch_size=64))
 
 
 def needed(size: int) -> float:
-    return expected_memory(replace(CONFIG, data=replace(CONFIG.data, micro_batch_size=size)), N, 1, "bf16")
+    return expected_memory(replace(CONFIG, data=replace(CONFIG.data, micro_batch_size=size)), N, 1, "bf16", "cuda")
 
 
 def test_signs_of_it() -> None:
@@ -39,7 +39,7 @@ def test_what_it_says_in_one_line() -> None:
 
 def test_the_largest_that_fits_by_the_estimate() -> None:
     memory = needed(64) * 0.6
-    size = fitting_micro_batch(CONFIG, N, 1, "bf16", memory)
+    size = fitting_micro_batch(CONFIG, N, 1, "bf16", "cuda", memory)
     assert size is not None
     assert 512 % size == 0
     assert needed(size) <= 0.95 * memory < needed(2 * size)
@@ -47,22 +47,22 @@ def test_the_largest_that_fits_by_the_estimate() -> None:
 
 def test_an_estimate_that_was_too_low_is_raised() -> None:
     # It said that 64 fit into 1.5 times the memory; they did not, so what is needed is at least that.
-    size = fitting_micro_batch(CONFIG, N, 1, "bf16", 1.5 * needed(64))
+    size = fitting_micro_batch(CONFIG, N, 1, "bf16", "cuda", 1.5 * needed(64))
     assert size == 32
 
 
 def test_it_divides_each_processs_part() -> None:
     config = Config(data=DataConfig(micro_batch_size=24, total_batch_tokens=48 * 1024))
-    assert fitting_micro_batch(config, N, 2, "bf16", None) == 12
-    assert fitting_micro_batch(config, N, 2, "bf16", 1e15) == 12
+    assert fitting_micro_batch(config, N, 2, "bf16", "cuda", None) == 12
+    assert fitting_micro_batch(config, N, 2, "bf16", "cuda", 1e15) == 12
     odd = Config(data=DataConfig(micro_batch_size=9, total_batch_tokens=9 * 1024))
-    assert fitting_micro_batch(odd, N, 1, "bf16", None) == 3
+    assert fitting_micro_batch(odd, N, 1, "bf16", "cuda", None) == 3
 
 
 def test_none_fits() -> None:
-    assert fitting_micro_batch(CONFIG, N, 1, "bf16", 1 * GIB) is None
+    assert fitting_micro_batch(CONFIG, N, 1, "bf16", "cuda", 1 * GIB) is None
     one = Config(data=DataConfig(micro_batch_size=1))
-    assert fitting_micro_batch(one, N, 1, "bf16", 80 * GIB) is None
+    assert fitting_micro_batch(one, N, 1, "bf16", "cuda", 80 * GIB) is None
 
 
 def test_advice() -> None:

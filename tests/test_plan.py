@@ -22,7 +22,7 @@ def dataset(tmp_path):
 
 def plan_of(dataset, config, world_size=1, memory=None):
     train, val = (Blocks(s, config.model.block_size, config.model.vocab_size) for s in (dataset.train, dataset.val))
-    return make_plan(config, dataset, train, val, world_size, "fp32", memory)
+    return make_plan(config, dataset, train, val, world_size, "fp32", "cpu", memory)
 
 
 def config_of(model=MODEL, micro_batch_size=2, total_batch_tokens=64, val_tokens=1000, **run):
@@ -83,15 +83,15 @@ def test_a_state_larger_than_the_device_is_refused(dataset):
 
 def test_expected_memory_moves_as_it_should():
     big = ModelConfig()
-    base = expected_memory(Config(model=big), 124_439_808, 1, "bf16")
+    base = expected_memory(Config(model=big), 124_439_808, 1, "bf16", "cuda")
     assert base > 18 * 124_439_808
     less = [
         Config(model=big, data=DataConfig(micro_batch_size=32)),
         Config(model=big, run=RunConfig(activation_checkpointing=True)),
     ]
     for config in less:
-        assert expected_memory(config, 124_439_808, 1, "bf16") < base
-    assert expected_memory(Config(run=RunConfig(parallel="fsdp")), 124_439_808, 8, "bf16") < base
+        assert expected_memory(config, 124_439_808, 1, "bf16", "cuda") < base
+    assert expected_memory(Config(run=RunConfig(parallel="fsdp")), 124_439_808, 8, "bf16", "cuda") < base
 
 
 def test_device_memory_of_the_host():

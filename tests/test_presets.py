@@ -69,6 +69,7 @@ def test_config_repeats_a_run(tmp_path):
     config = parse_args(["debug", "--learning-rate", "0.5"])
     path.write_text(json.dumps(config.to_dict()))
     assert parse_args(["--config", str(path)]) == config
+    assert parse_args([f"--config={path}"]) == config
     assert parse_args(["--config", str(path), "--seed", "2"]).run == replace(config.run, seed=2)
     with pytest.raises(UserError, match="not both"):
         parse_args(["debug", "--config", str(path)])

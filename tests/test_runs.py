@@ -55,7 +55,7 @@ def test_seconds_and_device_seconds_count_what_a_restart_threw_away(tmp_path: Pa
     assert run.tokens_per_second == pytest.approx(1.85e6, rel=0.02)
 
 
-@pytest.mark.parametrize("reason", ["finished", "stopped", "nonfinite", "error"])
+@pytest.mark.parametrize("reason", ["finished", "stopped", "nonfinite", "spike", "error"])
 def test_an_ended_run_says_how(tmp_path: Path, reason: str) -> None:
     assert open_run(write_run(tmp_path / "run", **tiny(end=reason))).status() == reason
 

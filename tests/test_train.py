@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import train_gpt2
 from gpt2.checkpoint import list_checkpoints
 from gpt2.config import Config
+from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.hf_format import state_dict_to_hf
 from gpt2.loader import Blocks
@@ -105,6 +106,7 @@ def test_the_files_of_a_run(char_data: Path, tmp_path: Path, monkeypatch: pytest
     assert_same_bits(saved(tmp_path, 6), saved(tmp_path / "again", 6))
 
 
+@pytest.mark.usefixtures("reading")
 def test_evaluating_and_saving_change_nothing(char_data: Path, tmp_path: Path) -> None:
     train(small(char_data, tmp_path / "a", max_steps=9, dropout=0.2))
     busy = {"eval_every": 1, "checkpoint_every": 2, "num_samples": 1, "sample_prompt": "A", "log_every": 4}
@@ -132,6 +134,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(train_gpt2, "train_step", poisoned)
 
 
+@pytest.mark.usefixtures("reading")
 def test_a_loss_that_is_not_finite_stops_with_exit_code_3(
     char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +148,7 @@ def test_a_loss_that_is_not_finite_stops_with_exit_code_3(
         f"the last good checkpoint is {tmp_path / 'run/checkpoints/step_00000004'}; go back to it with: {command}"
         in out
     )
+    assert "--on-nonfinite skip --allow-config-change, added to it, leaves such steps out" in out
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000004"]
     assert records(tmp_path / "run", "run_end")[-1]["reason"] == "nonfinite"
     monkeypatch.undo()
@@ -153,6 +157,7 @@ def test_a_loss_that_is_not_finite_stops_with_exit_code_3(
     assert_same_bits(saved(tmp_path / "run", 12), saved(tmp_path / "whole", 12))
 
 
+@pytest.mark.usefixtures("reading")
 def test_not_finite_in_the_first_step(
     char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +166,7 @@ def test_not_finite_in_the_first_step(
     assert "there is no checkpoint to go back to" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("reading")
 def test_skipping_what_is_not_finite(
     char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,24 +180,38 @@ def test_skipping_what_is_not_finite(
     assert not torch.equal(saved(tmp_path / "a", 6)["step.wte.weight"], saved(tmp_path / "a", 7)["step.wte.weight"])
     poison(monkeypatch, set(range(3, 9)))
     assert main(small(char_data, tmp_path / "b", max_steps=9, **skip), monkeypatch) == 3
-    assert "5 updates in a row were skipped, the last at step 7" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "5 updates in a row were skipped, the last at step 7" in out
+    assert "a lower --learning-rate may help; --allow-config-change lets" in out
+    assert "--on-nonfinite" not in out  # it was given, and did not help
+    assert records(tmp_path / "b", "run_end")[-1]["reason"] == "nonfinite"
 
 
-def test_a_spike_is_skipped(char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("reading")
+def test_spikes_are_skipped_up_to_five_in_a_row(
+    char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = train_gpt2.train_step
-    calls = 0
+    calls, spikes = 0, {25}
 
     def spiked(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 25:
+        if calls in spikes:
             kwargs["tokens_per_step"] /= 1000  # a loss a thousand times as large
         return real(*args, **kwargs)
 
     monkeypatch.setattr(train_gpt2, "train_step", spiked)
-    train(small(char_data, tmp_path, spike_zscore=20.0, learning_rate=1e-4, checkpoint_every=1, keep=9))
-    assert [(line["step"], line["reason"]) for line in records(tmp_path, "skip")] == [(25, "spike")]
-    assert_same_bits(saved(tmp_path, 24), saved(tmp_path, 25))
+    settings = {"spike_zscore": 20.0, "learning_rate": 1e-4, "checkpoint_every": 12}
+    train(small(char_data, tmp_path / "one", **{**settings, "checkpoint_every": 1, "keep": 9}))
+    assert [(line["step"], line["reason"]) for line in records(tmp_path / "one", "skip")] == [(25, "spike")]
+    assert_same_bits(saved(tmp_path / "one", 24), saved(tmp_path / "one", 25))
+
+    calls, spikes = 0, {25, 26, 27, 28, 29}
+    assert main(small(char_data, tmp_path / "five", **settings), monkeypatch) == 3
+    assert "a lower --learning-rate or a higher --spike-zscore may help" in capsys.readouterr().out
+    assert records(tmp_path / "five", "run_end")[-1]["reason"] == "spike"
+    assert [path.name for path in list_checkpoints(tmp_path / "five/checkpoints")] == ["step_00000012", "step_00000024"]
 
 
 def test_minutes_between_checkpoints(char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +230,7 @@ def test_minutes_between_checkpoints(char_data: Path, tmp_path: Path, monkeypatc
     assert len(steps) in (3, 4)  # every four seconds or so, of which each step takes one
 
 
+@pytest.mark.usefixtures("reading")
 def test_the_best_checkpoint_stays(char_data: Path, tmp_path: Path) -> None:
     # A learning rate that ruins the model: the first evaluation is the best one.
     train(
@@ -278,7 +299,7 @@ def test_samples_that_cannot_be_drawn_do_not_stop_a_run(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise UserError("logits are not finite")
 
-    monkeypatch.setattr(train_gpt2, "generate", broken)
+    monkeypatch.setattr("gpt2.evaluator.generate", broken)
     train(small(char_data, tmp_path, max_steps=2, eval_every=2, num_samples=1, sample_prompt="A"))
     assert capsys.readouterr().out.count("no samples at step") == 2
 
@@ -323,6 +344,23 @@ def test_the_schedules_picture(tmp_path: Path, char_data: Path, monkeypatch: pyt
     assert main(small(char_data, tmp_path / "run"), monkeypatch, "--plot-schedule", str(path)) == 0
     assert path.exists()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_as_on_a_cpu_also_after_a_stop(char_data: Path, tmp_path: Path, compiled: bool) -> None:
+    world = World(0, 0, 1, torch.device("cuda", 0))
+    busy = {"eval_every": 7, "checkpoint_every": 10, "num_samples": 1, "sample_prompt": "A", "compile": compiled}
+    train(small(char_data, tmp_path / "cpu", eval_every=7))
+    train(small(char_data, tmp_path / "gpu", device="cuda", **busy), world=world)
+    stopped = small(char_data, tmp_path / "stopped", device="cuda", **busy)
+    assert train(stopped, stop_after=17, world=world).step == 17
+    train(stopped, world=world)
+    assert_same_bits(saved(tmp_path / "gpu", 30), saved(tmp_path / "stopped", 30))
+    for kind in ("train", "val"):
+        ours, theirs = losses(tmp_path / "gpu", kind), losses(tmp_path / "cpu", kind)
+        torch.testing.assert_close(list(ours.values()), list(theirs.values()), atol=1e-3, rtol=0)
 
 
 @pytest.mark.slow

