@@ -170,7 +170,8 @@ def training_backends(device: torch.device) -> AbstractContextManager[None]:
     """The context to train in: which of SDPA's kernels come first.
 
     On Hopper cuDNN's comes first: it was written for that generation's tensor cores, PyTorch's flash kernel for the one
-    before. It plans anew for every shape, so the context is for batches that all look alike, not for sampling.
+    before. It plans anew for every shape, so the context is for batches that all look alike; for others there is
+    `varying_backends`.
 
     Args:
         device: computed on; other than CUDA there is nothing to choose.
@@ -180,6 +181,19 @@ def training_backends(device: torch.device) -> AbstractContextManager[None]:
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if torch.cuda.get_device_capability(device)[0] == 9:
         order[:2] = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    context: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
+    return context
+
+
+def varying_backends(device: torch.device) -> AbstractContextManager[None]:
+    """The context to score and sample in, where shapes change from call to call: without cuDNN, which plans for each.
+
+    Args:
+        device: computed on; other than CUDA there is nothing to choose.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     context: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
     return context
 

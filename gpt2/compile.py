@@ -25,6 +25,8 @@ def compile_model(model: GPT) -> None:
     Args:
         model: on its device; to be wrapped by DDP or FSDP afterwards.
     """
+    # DDP must not cut a block's graph at its buckets' edges: blocks are smaller than buckets, and overlap as they are.
+    torch._dynamo.config.optimize_ddp = False
     options: dict[str, Any] = {}
     if model.wte.weight.device.type == "cpu":
         from torch._inductor import config as inductor

@@ -263,12 +263,17 @@ def parallelize(model: GPT, config: RunConfig, world: World, dtype: str, grad_ac
     # The buffers are constants, RoPE's angles. PyTorch 2.13 renamed the option that leaves them alone.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     keep_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    # After a start's first step DDP puts gradients into other buckets, in the order in which they came: over more than
+    # two processes sums then round differently, and a resumed run would not be bitwise the same. It leaves the buckets
+    # alone where it looks for parameters without a gradient; there are none, of which it warns once.
+    fixed_buckets = config.deterministic
     return DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         **keep_buffers,
         gradient_as_bucket_view=True,
-        static_graph=grad_accum_steps == 1,  # no_sync changes what a backward pass does
+        find_unused_parameters=fixed_buckets,
+        static_graph=grad_accum_steps == 1 and not fixed_buckets,  # no_sync changes what a backward pass does
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from gpt2.attention import KVCache
+from gpt2.attention import KVCache, varying_backends
 from gpt2.errors import UserError
 from gpt2.model import GPT
 from gpt2.packed import decoding_copy
@@ -109,7 +109,8 @@ def stream(
         running = [True] * len(prompts)
         for _ in range(max_new_tokens):
             # The copy needs no casts; of weights that are spread over processes there is none.
-            with torch.autocast(device.type, dtype=dtype, enabled=sharded and dtype != torch.float32):
+            cast = torch.autocast(device.type, dtype=dtype, enabled=sharded and dtype != torch.float32)
+            with cast, varying_backends(device):
                 logits = decoder.logits()  # (B, V)
             chosen = choose(filter_logits(logits, sampling, seen), sampling, generators)  # (B,)
             tokens: list[int] = chosen.tolist()

@@ -28,20 +28,21 @@ STACK_AFTER = 0.8
 def enable_flight_recorder(directory: Path) -> None:
     """Make PyTorch remember this process's collectives; before the process group is made, which reads it.
 
-    nccl writes them by itself when it gives up waiting. PyTorch 2.9 and later go by the first names, all by the second.
+    nccl writes them by itself when it gives up waiting.
 
     Args:
         directory: for the files; need not exist yet.
     """
     # nccl's watchdog adds the rank to the name.
     prefix = str((directory / "collectives_rank").absolute())
-    for name, value in (
-        ("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES)),
-        ("TORCH_NCCL_TRACE_BUFFER_SIZE", str(RECORDED_COLLECTIVES)),
-        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
-        ("TORCH_FR_DUMP_TEMP_FILE", prefix),
-        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", prefix),
-    ):
+    # PyTorch 2.9 renamed two of them, and later versions warn of the old names in every process.
+    renamed = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+    size, file = (
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE")
+        if renamed
+        else ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    )
+    for name, value in ((size, str(RECORDED_COLLECTIVES)), ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"), (file, prefix)):
         os.environ.setdefault(name, value)
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gpt2.attention import varying_backends
 from gpt2.distributed import World, whole
 from gpt2.errors import UserError
 from gpt2.hellaswag_examples import ENDINGS, Example
@@ -201,6 +202,7 @@ def evaluate(
         with (
             torch.compiler.set_stance("default" if compiled else "force_eager"),
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            varying_backends(device),
         ):
             for batch in batches:
                 mine = [rows[i] for i in batch.members[world.rank :: world.size]]

@@ -189,11 +189,11 @@ class Loader:
         return [(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(self._micro_batch_size)]
 
     def _produce(self, sample: int) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # a thread's own; pinning memory would wake GPU 0 in every process
         while not self._stop.is_set():
             item: Tensor | Exception
             try:
+                if self._device.type == "cuda":
+                    torch.cuda.set_device(self._device)  # a thread's own: pinning would wake GPU 0 in every process
                 item = on_host(self._blocks.read(self._blocks.order(sample + self._rows)), self._device)
             except Exception as error:  # raised again where the step asks for its data
                 item = error

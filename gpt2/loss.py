@@ -29,7 +29,7 @@ def chunk_size(device_type: str) -> int:
     return 1024 if device_type == "cpu" else 8192
 
 
-Softmax = Callable[[Tensor, Tensor, float | None], Tensor]
+Softmax = Callable[[Tensor, Tensor, int, float | None], Tensor]
 """Type of `softmax_` and of its compiled form."""
 
 
@@ -49,20 +49,24 @@ def plain_cross_entropy(
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-def softmax_(logits: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+def softmax_(logits: Tensor, targets: Tensor, vocab_size: int, cap: float | None) -> Tensor:
     """Turn logits into the gradient of the negative log-likelihood, in place but for the targets' own elements.
 
     Args:
-        logits: (n, V) over the real vocabulary, in any floating type; becomes the softmax times the derivative of
-            `softcap`. All arithmetic is in fp32.
-        targets: (n, 1) ids.
+        logits: (n, V) in any floating type; becomes the softmax times the derivative of `softcap`. All arithmetic is
+            in fp32.
+        targets: (n, 1) ids below `vocab_size`.
+        vocab_size: columns that are real; the others, if there are any, take no probability.
         cap: as in `linear_cross_entropy`.
 
     Returns:
         Log-probabilities of the targets, (n, 1), fp32.
     """
     capped = softcap(logits.float(), cap)
-    log_probs = F.log_softmax(capped, dim=-1)
+    real = capped
+    if vocab_size < logits.size(-1):
+        real = torch.where(torch.arange(logits.size(-1), device=logits.device) < vocab_size, capped, float("-inf"))
+    log_probs = F.log_softmax(real, dim=-1)
     picked = log_probs.gather(1, targets)
     grad = log_probs.exp_()
     if cap is not None:
@@ -71,11 +75,11 @@ def softmax_(logits: Tensor, targets: Tensor, cap: float | None) -> Tensor:
     return picked
 
 
-def softmax_tiled_(logits: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-    """`softmax_`, a few rows at a time on a CPU: 16 rows of GPT-2's vocabulary are 3 MB in fp32."""
+def softmax_tiled_(logits: Tensor, targets: Tensor, vocab_size: int, cap: float | None) -> Tensor:
+    """`softmax_` of the real columns, a few rows at a time on a CPU: 16 rows of GPT-2's vocabulary are 3 MB in fp32."""
     tile = 16 if logits.device.type == "cpu" else logits.size(0)
-    tiles = zip(logits.split(tile), targets.split(tile), strict=True)
-    return torch.cat([softmax_(rows, index, cap) for rows, index in tiles])
+    tiles = zip(logits[:, :vocab_size].split(tile), targets.split(tile), strict=True)
+    return torch.cat([softmax_(rows, index, vocab_size, cap) for rows, index in tiles])
 
 
 def linear_cross_entropy(
@@ -145,7 +149,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
                 logits = torch.mm(h, w.t(), out=buffer[: h.size(0)])  # (n, V)
                 target_logits = logits.gather(1, index).float()  # (n, 1), before they are overwritten
-                log_probs = softmax(logits[:, :vocab_size], index, cap)  # (n, 1)
+                # A GPU's kernel reads whole rows, whose length is a multiple of 64, several elements at once; a CPU's
+                # is slowed down by comparing columns.
+                seen = logits if logits.device.type == "cuda" else logits[:, :vocab_size]
+                log_probs = softmax(seen, index, vocab_size, cap)  # (n, 1)
                 loss -= log_probs.masked_fill(ignored, 0).sum()
                 if not needs_gradient:
                     continue

@@ -161,9 +161,26 @@ def test_weights_in_bf16_get_a_gradient_summed_in_fp32() -> None:
 
 def test_logits_of_any_size_do_not_overflow() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [-3e38, -3e38, -3e38]])
-    log_probs = softmax_(logits, torch.tensor([[0], [1]]), None)
+    log_probs = softmax_(logits, torch.tensor([[0], [1]]), 3, None)
     torch.testing.assert_close(log_probs, torch.tensor([[0.0], [-torch.tensor(3.0).log()]]))
     torch.testing.assert_close(logits, torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_columns_past_the_vocabulary_take_no_probability(cap: float | None) -> None:
+    # As a GPU's kernel gets them, whole rows; a CPU's gets the real columns alone.
+    logits = 10 * torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    logits[:, 59:] = 1e4  # would take all of it
+    index = torch.arange(6)[:, None]
+    real, tiled, compiled = logits[:, :59].clone(), logits.clone(), logits.clone()
+    want = softmax_(real, index, 59, cap)
+    torch.testing.assert_close(softmax_(logits, index, 59, cap), want, rtol=0, atol=0)
+    torch.testing.assert_close(logits[:, :59], real, rtol=0, atol=0)
+    assert not logits[:, 59:].any()
+    torch.testing.assert_close(torch.compile(softmax_, dynamic=False)(compiled, index, 59, cap), want)
+    torch.testing.assert_close(compiled, logits)
+    torch.testing.assert_close(softmax_tiled_(tiled, index, 59, cap), want)
+    torch.testing.assert_close(tiled[:, :59], real)
 
 
 def test_softcap_is_the_identity_near_zero_and_bounded() -> None:

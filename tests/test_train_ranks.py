@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small_runs import ROOT, finish, losses, records, saved, small, train
+from small_runs import ROOT, assert_same_bits, finish, flags, losses, records, saved, small, train
 from two_ranks import POISONED_STEP, STOPPED_AT, TABLE
 
 from gpt2.errors import UserError
@@ -67,6 +67,18 @@ def test_fsdp_alone_trains_the_same(char_data: Path, tmp_path: Path, reference: 
     finally:
         dist.destroy_process_group()
     assert_same_run(reference, tmp_path)
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 1])
+def test_four_processes_resume_bit_for_bit(char_data: Path, tmp_path: Path, micro_batch_size: int) -> None:
+    # Sums over two processes are the same in any order; over four DDP's buckets show.
+    shape = {"n_layer": 4, "n_embd": 64, "micro_batch_size": micro_batch_size, "max_steps": 6}
+    whole = small(char_data, tmp_path / "whole", checkpoint_every=3, **shape)
+    resumed = small(char_data, tmp_path / "resumed", resume=str(tmp_path / "whole/checkpoints/step_00000003"), **shape)
+    for config in (whole, resumed):
+        code, output = finish(ROOT / "train_gpt2.py", flags(config), 4)
+        assert code == 0, output
+    assert_same_bits(saved(tmp_path / "whole", 6), saved(tmp_path / "resumed", 6))
 
 
 def test_fsdp_without_torchrun_is_refused(char_data: Path, tmp_path: Path) -> None:

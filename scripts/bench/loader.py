@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bench.common import Worker, positive, summary
+from gpt2.distributed import pick_device
 from gpt2.errors import UserError
 from gpt2.loader import PREFETCH_STEPS, Blocks, Loader
 from gpt2.shards import open_dataset
@@ -104,7 +104,7 @@ class Side:
         """Seconds from opening the data set to the first batch."""
         before = time.perf_counter()
         blocks = Blocks(open_dataset(self.directory).train, self.block_size, VOCAB_SIZE, seed=0)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device("auto")
         self.loader = Loader(blocks, self.sequences, 0, 0, 1, self.micro_batch_size, device)
         self.loader.__enter__()
         self.loader.next()

@@ -34,6 +34,7 @@ from gpt2.hf_format import config_to_hf, not_in_transformers, state_dict_to_hf
 from gpt2.loss import plain_cross_entropy
 from gpt2.model import GPT
 from gpt2.optim import make_optimizers
+from gpt2.out_of_memory import first_line
 from gpt2.precision import autocast, resolve_dtype, set_matmul_precision
 
 SIDES = ("ours", "plain", "compiled", "transformers")
@@ -85,7 +86,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     first = {}
     for side, worker in workers.items():
         first[side] = worker.call("steps", 1)
-        print(f"{side}: first step {first[side]['seconds']:.1f} s", flush=True)
+        if "seconds" in first[side]:
+            print(f"{side}: first step {first[side]['seconds']:.1f} s", flush=True)
+    # What does not fit beside the others' weights is left out, and said.
+    full = [side for side in sides if "out_of_memory" in first[side]]
+    for side in full:
+        print(f"{side}: out of memory with --micro-batch-size {config.data.micro_batch_size}; left out", flush=True)
+        workers.pop(side).close()
+    sides = [side for side in sides if side not in full]
+    if not sides:
+        raise UserError(f"no side fits on {device_name(device)}; give a smaller --micro-batch-size")
     losses = {
         side: first[side]["losses"] + worker.call("steps", CHECKED_STEPS - 1)["losses"]
         for side, worker in workers.items()
@@ -108,6 +118,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "threads": torch.get_num_threads(),
         "losses": losses,
+        "out_of_memory": {side: first[side]["out_of_memory"] for side in full},
         "sides": {},
     }
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
@@ -212,7 +223,7 @@ class Side:
     """
 
     def __init__(self, side: str, config: Config, device: str, dtype: str):
-        self.device, self.dtype = pick_device(device), dtype
+        self.device, self.dtype, self.stepped = pick_device(device), dtype, False
         set_matmul_precision(dtype)
         generator = torch.Generator().manual_seed(0)
         shape = (config.data.micro_batch_size, config.model.block_size + 1)
@@ -224,10 +235,19 @@ class Side:
         self.step = self._ours(model, config) if side == "ours" else self._baseline(model, config, side)
 
     def steps(self, count: int, untimed: int = 0) -> dict[str, Any]:
-        """Make some steps; returns the wall and CPU seconds that `count` of them took, and all losses."""
-        readers = [self.step() for _ in range(untimed)]
-        before = time.process_time()
-        taken = seconds(lambda: readers.extend(self.step() for _ in range(count)), self.device)
+        """Make some steps; returns the wall and CPU seconds that `count` of them took, and all losses.
+
+        Where memory runs out in the process's first step, what the device said, and nothing else.
+        """
+        try:
+            readers = [self.step() for _ in range(untimed)]
+            before = time.process_time()
+            taken = seconds(lambda: readers.extend(self.step() for _ in range(count)), self.device)
+        except torch.OutOfMemoryError as error:
+            if self.stepped:
+                raise
+            return {"out_of_memory": first_line(error)}
+        self.stepped = True
         cpu = time.process_time() - before
         losses = [read() for read in readers]
         if self.device.type == "cuda":
