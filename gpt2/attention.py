@@ -169,8 +169,8 @@ def flex_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tenso
 def training_backends(device: torch.device) -> AbstractContextManager[None]:
     """The context to train in: which of SDPA's kernels come first.
 
-    On Hopper cuDNN's comes first: it was written for that generation's tensor cores, PyTorch's flash kernel for the one
-    before. It plans anew for every shape, so the context is for batches that all look alike; for others there is
+    On Hopper and Blackwell cuDNN's comes first: it was written for their tensor cores, PyTorch's flash kernel for the
+    generation before. It plans anew for every shape, so the context is for batches that all look alike; others have
     `varying_backends`.
 
     Args:
@@ -179,7 +179,7 @@ def training_backends(device: torch.device) -> AbstractContextManager[None]:
     if device.type != "cuda":
         return nullcontext()
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if torch.cuda.get_device_capability(device)[0] == 9:
+    if torch.cuda.get_device_capability(device)[0] in (9, 10):
         order[:2] = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
     context: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
     return context

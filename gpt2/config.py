@@ -10,6 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gpt2.errors import UserError
@@ -26,12 +27,23 @@ def _require(holds: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _require_choices(config: object) -> None:
-    """Demand of every field with a fixed set of values that it has one of them."""
+def _require_types(config: object) -> None:
+    """Demand of every field a value of its type; of one with a fixed set of values, one of them."""
     for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
-            choices = ", ".join(map(str, get_args(kind)))
-            raise UserError(f"{name} is {getattr(config, name)!r}; choose one of {choices}")
+        value = getattr(config, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(str, get_args(kind)))}")
+        if get_origin(kind) is not Literal and not _is_of(value, kind):
+            raise UserError(f"{name} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of a type, as JSON and arithmetic have it: 1 is also a float, True is no number."""
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _require_range(config: object, names: str, low: float, high: float = float("inf"), open_: bool = False) -> None:
@@ -91,7 +103,7 @@ class ModelConfig:
     """Start with every block an identity: projections into the residual stream are zero, not N(0, 0.02/√(2L))."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
+        _require_types(self)
         _require_range(self, "n_layer n_head n_embd block_size vocab_size window full_attention_every", 1)
         _require_range(self, "rope_theta logit_softcap", 0, open_=True)
         _require(
@@ -159,6 +171,7 @@ class DataConfig:
     """Draw the sequences of an epoch in a seeded random order instead of the file's."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require_range(self, "micro_batch_size total_batch_tokens val_tokens", 1)
 
 
@@ -194,7 +207,7 @@ class OptimConfig:
     """Largest global gradient norm; a longer gradient is scaled down. 0: no clipping."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
+        _require_types(self)
         _require_range(self, "learning_rate muon_learning_rate adam_eps", 0, open_=True)
         _require_range(self, "weight_decay grad_clip warmup_steps", 0)
         _require_range(self, "min_lr_ratio decay_fraction", 0, 1)
@@ -274,7 +287,7 @@ class RunConfig:
     """Steps to trace with PyTorch's profiler, after the first few, into RUN/profile. 0: none."""
 
     def __post_init__(self) -> None:
-        _require_choices(self)
+        _require_types(self)
         _require_range(self, "max_steps log_every keep sample_tokens", 1)
         _require_range(self, "seed", 0, 2**63 - 1)
         _require_range(self, "eval_every hellaswag_limit num_samples checkpoint_every checkpoint_minutes", 0)
@@ -325,6 +338,7 @@ class Config:
         Raises:
             UserError: a part or a setting this version does not know.
         """
+        _require(isinstance(raw, dict), f"it holds no settings but {raw!r:.40}")
         parts: dict[str, Any] = {}
         for part in dataclasses.fields(Config):
             kind = type(getattr(Config(), part.name))
@@ -351,5 +365,7 @@ class Config:
             return Config.from_dict(json.loads(path.read_text()))
         except FileNotFoundError:
             raise UserError(f"there is no configuration at {path}; give the config.json of a run") from None
+        except UserError as error:
+            raise UserError(f"{path} is not a run's configuration: {error}") from None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a run's configuration: {error}") from None

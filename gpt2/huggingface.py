@@ -125,7 +125,7 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(
-            f"no directory {name} here, and without huggingface_hub the Hub cannot be asked; "
+            f"{name} is no model here, and without huggingface_hub the Hub cannot be asked; "
             "`pip install huggingface_hub`, or " + remedy
         ) from None
     repository = f"openai-community/{name}" if name in _OPENAI_NAMES else name
@@ -136,7 +136,7 @@ def _download(name: str) -> Path:
             path = Path(snapshot_download(repository, allow_patterns=[*texts, "pytorch_model*.bin*"]))
     except Exception as error:  # whatever keeps the Hub from answering: the network, a wrong name, no permission
         raise UserError(
-            f"no directory {name} here, and the Hugging Face Hub did not give {repository} "
+            f"{name} is no model here, and the Hugging Face Hub did not give {repository} "
             f"({type(error).__name__}); {remedy}"
         ) from error
     return path
@@ -218,7 +218,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; the model's index names it") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read, it may be cut short or not hold tensors: {error}") from error
+        earlier = [p for p in sorted(path.parent.parent.glob("step_*")) if p < path.parent]
+        remedy = f"; give an earlier checkpoint, such as {earlier[-1]}" if earlier else ""
+        raise UserError(f"{path} cannot be read, it may be cut short or not hold tensors: {error}{remedy}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ SMOOTHING = 0.9
 
 
 class Metrics:
-    """Records a run; rank 0 alone has one. `checkpoint` and `message` may be called from any thread.
+    """Records a run; rank 0 alone has one, in its main thread.
 
     Args:
         run: the run's directory, which exists.
@@ -85,8 +84,6 @@ class Metrics:
         peak = peak_flops(facts["device"]) if peak is None and device.type == "cuda" else peak
         self.peak = None if peak is None else peak * world_size
 
-        self._lock = threading.RLock()
-        self._trainer = threading.get_ident()
         self.console = open_console(self.total_steps, start_step)
         try:
             self.file = MetricsFile(run / METRICS_FILE, self.message)
@@ -139,8 +136,7 @@ class Metrics:
 
     def message(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        with self._lock:
-            self.console.say(text)
+        self.console.say(text)
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -307,9 +303,8 @@ class Metrics:
             torch.cuda.synchronize(self.device)
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        with self._lock:
-            self.newest_step = max(self.newest_step, step)
-            self.file.write({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
+        self.newest_step = max(self.newest_step, step)
+        self.file.write({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._tell(lambda sink: sink.scalars(step, values))
@@ -317,10 +312,9 @@ class Metrics:
     def _tell(self, action: Callable[[Tracker], None]) -> None:
         """Do something to every tracker; what holds training up is billed to saving."""
         began = time.perf_counter()
-        with self._lock:
-            for tracker in self.trackers:
-                tracker.tell(action)
-        if self.clock.phase is None and threading.get_ident() == self._trainer:
+        for tracker in self.trackers:
+            tracker.tell(action)
+        if self.clock.phase is None:
             self.clock.bill("save", time.perf_counter() - began)
 
     def _stand_out(self, step: int, text: str) -> None:

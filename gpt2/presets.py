@@ -147,6 +147,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         if at + 1 == len(words):
             raise UserError("--config needs the path of a run's config.json")
         path = Path(words[at + 1])
+        path = path / "config.json" if path.is_dir() else path  # a run's directory will do
         del words[at : at + 2]
         if words and not words[0].startswith("-"):
             raise UserError(f"give either a preset ({words[0]}) or --config {path}, not both")
@@ -156,7 +157,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         if name not in named:
             raise UserError(f"unknown preset {name!r}; choose one of {', '.join(named)}")
         default, program = named[name][1], f"train_gpt2.py {name}"
-    lines = "\n".join(f"  {name:<15}{description}" for name, (description, _) in named.items())
+    lines = "\n".join(f"  {name:<17}{description}" for name, (description, _) in named.items())
     description = (
         "Train a GPT-2. The first word names a preset (gpt2 if there is none):\n"
         f"{lines}\n"

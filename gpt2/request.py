@@ -105,8 +105,8 @@ def _validation(request: Request, fetcher: Fetcher) -> dict[str, int]:
         documents += count_documents(fetcher.get(number)[0], file.kind)
     if documents < 2:
         raise UserError(
-            f"the source holds {documents} document(s), of which none can be set aside for validation (a plain-text "
-            "file is one document); give more files, or JSON lines with one document each"
+            f"the source holds {documents} document(s), of which none can be set aside for validation; a plain-text "
+            "file is one document, so cut it into several files, or give JSON lines with one document each"
         )
     return {"documents": max(1, round(documents * _SMALL_PERCENT / 100))}
 

@@ -172,6 +172,9 @@ def find_start(config: Config, fingerprint: str, say: Callable[[str], None]) -> 
             f"{start} was trained on other data than {config.data.data} now holds (fingerprint {trained_on[:12]}, now "
             f"{fingerprint[:12]}); restore the data or choose another --run"
         )
+    step = read_training(start).get("step", 0)
+    if step > config.run.max_steps:
+        raise UserError(f"{start} is at step {step}, past --max-steps {config.run.max_steps}; give {step} or more")
     if is_own(start, run):
         for path in supersede_later(start):
             say(f"set aside as {path}: the run goes on from {start.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,14 @@ import torch
 from torch import Tensor
 
 from gpt2.errors import UserError
+
+
+def seed_number(text: str) -> int:
+    """A seed on a command line: from 0 to 2**63 - 1, as PyTorch's generators take."""
+    seed = int(text)
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**63 - 1")
+    return seed
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def plot_schedule(path: Path, total_steps: int, config: OptimConfig) -> None:
     axes.plot(points, [config.learning_rate * lr_factor(step, total_steps, config) for step in points])
     axes.set(xlabel="step", ylabel="learning rate", title=f"{config.schedule}, {config.warmup_steps} steps of warm-up")
     axes.set_ylim(bottom=0)
+    axes.locator_params(axis="x", integer=True)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.grid(alpha=0.3)
     save_figure(figure, path)

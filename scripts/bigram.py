@@ -28,7 +28,7 @@ from gpt2.generate import generate
 from gpt2.huggingface import load_pretrained
 from gpt2.loss import IGNORE
 from gpt2.model import GPT
-from gpt2.sampling import row_generators
+from gpt2.sampling import row_generators, seed_number
 from gpt2.tokenizer import CharTokenizer
 
 HIDDEN = 8
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("text", type=Path, help="a text file, UTF-8")
     add("--model", help="a GPT over the same characters to put beside them: a run of train_gpt2.py shakespeare-char")
     add("--steps", type=int, default=1500, help="of training the MLPs [1500]")
-    add("--seed", type=int, default=0, help="of their weights and the samples [0]")
+    add("--seed", type=seed_number, default=0, help="of their weights and the samples [0]")
     add("--out", type=Path, default=Path("bigram.png"), metavar="FILE", help="the plot [bigram.png]")
     add("--device", default="auto", help="for the GPT: auto, cuda, mps or cpu [auto]")
     args = parser.parse_args(argv)

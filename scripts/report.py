@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError, run_cli
+from gpt2.history import METRICS_FILE
 from gpt2.report import report
 from gpt2.runs import Run, open_run
 
@@ -112,6 +113,9 @@ def main() -> int:
         going = args.watch is not None and any(run.status() == "running" for run in runs)
         refresh = max(round(args.watch), 1) if going else None
         written = write_report(runs, out, price=args.price, png=args.png, log_tokens=args.log_tokens, refresh=refresh)
+        for run in runs:
+            if run.history.torn:
+                print(f"{run.history.torn} unreadable lines of {run.directory / METRICS_FILE} are left out", flush=True)
         print(f"wrote {', '.join(map(str, written))}", flush=True)
         if not going:
             return 0

@@ -22,7 +22,7 @@ from gpt2.huggingface import load_pretrained
 from gpt2.model import GPT
 from gpt2.packed import decoding_copy
 from gpt2.precision import resolve_dtype, set_matmul_precision
-from gpt2.sampling import Sampling
+from gpt2.sampling import Sampling, seed_number
 from gpt2.text_stream import TextStream
 from gpt2.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--top-p", type=float, help="only the likeliest tokens that together have probability p [all]")
     add("--min-p", type=float, help="only tokens at least so many times as likely as the likeliest [all]")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: tokens already in the text get rarer [1.0]")
-    add("--seed", type=int, default=0, help="the same seed gives the same texts [0]")
+    add("--seed", type=seed_number, default=0, help="the same seed gives the same texts [0]")
     add("--stream", action="store_true", help="show the text while it is written; one text only")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--device", default="auto", help="auto, cuda, mps or cpu [auto]")

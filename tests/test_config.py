@@ -82,6 +82,29 @@ def test_misspelt_choices_are_refused_with_the_right_ones(kind, name, some):
         kind(**{name: "typo"})
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (ModelConfig, {"n_layer": "six"}),
+        (ModelConfig, {"n_layer": 6.0}),
+        (ModelConfig, {"bias": 1}),
+        (ModelConfig, {"window": "all"}),
+        (DataConfig, {"data": "here"}),
+        (OptimConfig, {"learning_rate": True}),
+        (OptimConfig, {"learning_rate": None}),
+        (RunConfig, {"run_dir": None}),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(kind, settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(UserError, match=f"{name} is {value!r}; it must be of type"):
+        kind(**settings)
+
+
+def test_whole_numbers_are_floats_too():
+    assert OptimConfig(learning_rate=1).learning_rate == 1
+
+
 def test_every_choice_of_the_settings_is_tested_above():
     marks = test_misspelt_choices_are_refused_with_the_right_ones.pytestmark
     tested = {(kind, name) for kind, name, _ in marks[0].args[1]}
@@ -123,7 +146,7 @@ def test_load_says_what_is_wrong(tmp_path):
         with pytest.raises(UserError, match=r"config\.json is not a run's configuration"):
             Config.load(tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"model": {"n_lair": 3}}')
-    with pytest.raises(UserError, match="n_lair"):
+    with pytest.raises(UserError, match=r"config\.json is not .* n_lair"):
         Config.load(tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"optim": {"schedule": "cosin"}}')
     with pytest.raises(UserError, match="schedule is 'cosin'"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -231,24 +230,6 @@ def test_a_directory_in_use_is_refused(tmp_path: Path, start: Callable[..., Metr
         start()
     first.close("finished")
     start().close("finished")
-
-
-def test_a_checkpoint_is_reported_from_another_thread(tmp_path: Path, start: Callable[..., Metrics]) -> None:
-    metrics = start()
-    threads = [
-        threading.Thread(target=lambda i=i: [metrics.checkpoint(s, tmp_path / f"{i}") for s in range(50)])
-        for i in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for step in range(1, 51):
-        metrics.train(step, loss=1.0, lr=1.0, grad_norm=1.0)
-    for thread in threads:
-        thread.join()
-    metrics.close("finished")
-    history = read_metrics(tmp_path / "metrics.jsonl")
-    assert history.torn == 0
-    assert len(history.live) == 1 + 4 * 50 + 50 + 1
 
 
 class Terminal(io.StringIO):

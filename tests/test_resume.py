@@ -37,6 +37,8 @@ def changed(name: str) -> Config:
         "run.parallel": "fsdp",
         "run.on_nonfinite": "skip",
         "run.wandb": "offline",
+        "run.hellaswag_data": Path("x"),
+        "run.plot_schedule": Path("x"),
         "run.resume": "never",
         "run.init_from": "gpt2",
         "run.device": "cpu",

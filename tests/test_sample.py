@@ -163,6 +163,14 @@ def test_bad_input(words: list[str], message: str, sample: Callable[..., str]) -
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999", "x"])
+def test_a_seed_no_generator_takes(seed: str, sample: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        sample("--prompt", "a", "--seed", seed)
+    assert stopped.value.code == 2
+    assert "argument --seed" in capsys.readouterr().err
+
+
 def test_a_real_process_says_it_in_one_line(model_dir: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "scripts/sample.py", "-m", str(model_dir), "--prompt", "a", "--top-k", "0"]

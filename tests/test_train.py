@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -364,10 +365,11 @@ def test_on_a_gpu_as_on_a_cpu_also_after_a_stop(char_data: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_compiled_over_two_processes(char_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_over_two_processes(char_data: Path, tmp_path: Path, parallel: str) -> None:
     config = small(char_data, tmp_path / "plain", micro_batch_size=2, max_steps=8, eval_every=4)
     train(config)
-    compiled = small(char_data, tmp_path / "compiled", micro_batch_size=2, max_steps=8, eval_every=4, compile=True)
+    compiled = replace(config, run=replace(config.run, run_dir=tmp_path / "compiled", compile=True, parallel=parallel))
     code, output = finish(ROOT / "train_gpt2.py", flags(compiled), 2)
     assert code == 0, output
     for kind in ("train", "val"):

@@ -99,6 +99,14 @@ def test_a_finished_run_does_nothing_more(char_data: Path, tmp_path: Path, capsy
     assert_same_bits(before, saved(tmp_path, 3))
 
 
+def test_fewer_steps_than_are_done_are_refused_and_nothing_is_written(char_data: Path, tmp_path: Path) -> None:
+    train(small(char_data, tmp_path, max_steps=6))
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"step_00000006 is at step 6, past --max-steps 2; give 6 or more"):
+        train(small(char_data, tmp_path, max_steps=2, allow_config_change=True))
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
 def test_going_back_to_an_older_checkpoint_and_on_from_there(char_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = small(char_data, run, checkpoint_every=10)

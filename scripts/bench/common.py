@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
 import statistics
@@ -58,6 +59,18 @@ def configuration(args: argparse.Namespace) -> Config:
         config.data, micro_batch_size=micro_batch_size, total_batch_tokens=micro_batch_size * model.block_size
     )
     return replace(config, model=model, data=data)
+
+
+def require_package(name: str, side: str) -> None:
+    """Refuse a comparison with a package that is not installed, before anything is measured.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"side {side} needs the package {name}; pip install -e '.[full,test]', or leave it out of --sides"
+        )
 
 
 def synchronize(device: torch.device) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench.common import Worker, matmul_flops, positive, summary
+from bench.common import Worker, matmul_flops, positive, require_package, summary
 from gpt2.attention import KVCache
 from gpt2.compile import compile_model
 from gpt2.config import ModelConfig
@@ -202,6 +202,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.preset not in presets():
         raise UserError(f"unknown preset {args.preset!r}; choose one of {', '.join(presets())}")
+    if "lm-eval" in args.sides:
+        require_package("lm_eval", "lm-eval")
     config = replace(presets()[args.preset][1].model, block_size=1024)  # no example is longer
     device = pick_device(args.device)
     tokenizer = gpt2_tokenizer()

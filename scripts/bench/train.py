@@ -25,7 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import Worker, add_model_arguments, configuration, matmul_flops, positive, seconds, summary
+from bench.common import (
+    Worker,
+    add_model_arguments,
+    configuration,
+    matmul_flops,
+    positive,
+    require_package,
+    seconds,
+    summary,
+)
 from gpt2.config import Config
 from gpt2.distributed import World, parallelize, pick_device
 from gpt2.errors import UserError
@@ -79,6 +88,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sides = args.sides or [side for side in SIDES if on_gpu or side != "compiled"]
     if "transformers" in sides and (odd := not_in_transformers(config.model)):
         raise UserError(f"transformers has no model with {', '.join(odd)}; leave it out of --sides")
+    if "transformers" in sides:
+        require_package("transformers", "transformers")
     steps = args.steps or (10 if on_gpu else 1)
     tokens = config.data.total_batch_tokens
 
@@ -122,6 +133,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "sides": {},
     }
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    set_matmul_precision(dtype)
     product = matmul_flops(device, torch_dtype, 8192 if on_gpu else 2048)
     peak = peak_flops(device_name(device))
     flops = flops_per_token(config) * tokens
