@@ -453,3 +453,11 @@ def test_files_are_the_same_bytes_every_time(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "a/model.safetensors")
     saved(tmp_path / "a", build())  # an old file is replaced
     assert load_file(tmp_path / "a/model.safetensors").keys() == load_file(tmp_path / "b/model.safetensors").keys()
+
+
+def test_beside_a_damaged_checkpoint_an_earlier_one_is_named(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        theirs(tmp_path / f"step_{step:08d}")
+    (tmp_path / "step_00000010/model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"step_00000010/model.* give an earlier checkpoint, such as .*step_00000002$"):
+        load_model(tmp_path / "step_00000010")
