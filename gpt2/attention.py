@@ -169,9 +169,9 @@ def flex_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tenso
 def training_backends(device: torch.device) -> AbstractContextManager[None]:
     """The context to train in: which of SDPA's kernels come first.
 
-    On Hopper and Blackwell cuDNN's comes first: it was written for their tensor cores, PyTorch's flash kernel for the
-    generation before. It plans anew for every shape, so the context is for batches that all look alike; others have
-    `varying_backends`.
+    On Hopper and Blackwell (sm_90, sm_100) cuDNN's comes first: it was written for their tensor cores, PyTorch's flash
+    kernel for the generation before. It plans anew for every shape, so the context is for batches that all look alike;
+    others have `varying_backends`.
 
     Args:
         device: computed on; other than CUDA there is nothing to choose.

@@ -24,6 +24,7 @@ from gpt2.attention import (
     rotary_tables,
     rotate,
     training_backends,
+    varying_backends,
 )
 from gpt2.config import ModelConfig
 from gpt2.model import GPT
@@ -123,8 +124,10 @@ def test_compiled_window_on_cuda_is_flex_attention_and_right() -> None:
         torch.testing.assert_close(p.grad, gradient, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize(("capability", "first"), [((8, 0), "FLASH"), ((9, 0), "CUDNN"), ((10, 0), "FLASH")])
-def test_cudnn_comes_first_on_hopper_only(
+@pytest.mark.parametrize(
+    ("capability", "first"), [((8, 0), "FLASH"), ((9, 0), "CUDNN"), ((10, 0), "CUDNN"), ((12, 0), "FLASH")]
+)
+def test_cudnn_comes_first_on_hopper_and_blackwell_data_center_chips(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], first: str
 ) -> None:
     chosen: list[list[SDPBackend]] = []
@@ -136,6 +139,8 @@ def test_cudnn_comes_first_on_hopper_only(
     with training_backends(torch.device("cpu")):
         pass
     assert len(chosen) == 1
+    varying_backends(torch.device("cuda"))  # cuDNN would plan for every shape
+    assert [backend.name for backend in chosen[1]] == ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])

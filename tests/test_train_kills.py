@@ -32,6 +32,7 @@ from small_runs import (
 )
 
 import train_gpt2
+from gpt2 import evaluator
 from gpt2.checkpoint import list_checkpoints, verify_checkpoint
 from gpt2.guards import StopSignals
 from train_gpt2 import Run
@@ -105,7 +106,7 @@ def raise_at(owner: Any, name: str, call: int, number: signal.Signals) -> Iterat
 WHERE = {
     "forward": (torch.nn.functional, "linear", 1000),  # calls there are, more or less, in half the run
     "backward": (torch.nn.utils, "get_total_norm", 14),
-    "evaluation": (train_gpt2, "validation_loss", 5),
+    "evaluation": (evaluator, "validation_loss", 5),
     "save": (train_gpt2, "host_copy", 400),
     "writing": (__import__("gpt2.checkpoint").checkpoint, "sha256_file", 20),
 }
