@@ -118,7 +118,7 @@ def main() -> int:
     weights = layer_weights(model, tokens, args.layer)
     layer = args.layer % model.config.n_layer
     window = model.config.layer_window(layer)
-    title = f"Attention in layer {layer} of 0-{model.config.n_layer - 1}" + (f", window {window}" if window else "")
+    title = f"Attention in layer {layer} (0 to {model.config.n_layer - 1})" + (f", window {window}" if window else "")
     draw(weights, [label(tokenizer.decode([token])) for token in tokens], title, args.out)
     print(f"{args.out}: {weights.size(0)} heads over {len(tokens)} tokens")
     return 0
