@@ -21,6 +21,7 @@ import torch.distributed as dist
 from gpt2 import distributed
 
 RECORDED_COLLECTIVES = 2000
+_TIMED_OUT = ("timed out", "timeout")  # gloo says the one or the other, by which of its threads noticed
 STACK_AFTER = 0.8
 """Part of the step's time-out after which the stack is written: before anybody is killed for it."""
 
@@ -75,7 +76,7 @@ class HangWatch:
 
     def explain(self, error: BaseException) -> str | None:
         """A line about an error if it is that another process did not come; writes down the collectives then."""
-        if not dist.is_initialized() or "timed out" not in str(error).lower():
+        if not dist.is_initialized() or not any(sign in str(error).lower() for sign in _TIMED_OUT):
             return None
         dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
         if dump is not None:

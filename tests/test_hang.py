@@ -71,9 +71,12 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_only_time_outs_between_processes_are_explained(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["Timed out waiting 3000ms for recv operation to complete", "Application timeout caused pair closure"]
+)
+def test_only_time_outs_between_processes_are_explained(tmp_path: Path, text: str) -> None:
     watch = HangWatch(tmp_path / "hang", 0)
-    error = RuntimeError("Timed out waiting 3000ms for recv operation to complete")
+    error = RuntimeError(text)
     assert watch.explain(error) is None  # there are no processes to wait for
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
