@@ -10,9 +10,9 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from gpt2.config_checks import require, require_range, require_types
 from gpt2.errors import UserError
 
 Position = Literal["learned", "rope", "none"]
@@ -20,41 +20,6 @@ Activation = Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu"]
 Norm = Literal["layernorm", "rmsnorm"]
 NormPosition = Literal["pre", "post"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
-
-
-def _require_types(config: object) -> None:
-    """Demand of every field a value of its type; of one with a fixed set of values, one of them."""
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(str, get_args(kind)))}")
-        if get_origin(kind) is not Literal and not _is_of(value, kind):
-            raise UserError(f"{name} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")
-
-
-def _is_of(value: object, kind: Any) -> bool:
-    """Whether a value is of a type, as JSON and arithmetic have it: 1 is also a float, True is no number."""
-    if isinstance(kind, UnionType):
-        return any(_is_of(value, one) for one in get_args(kind))
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _require_range(config: object, names: str, low: float, high: float = float("inf"), open_: bool = False) -> None:
-    """Demand low ≤ value ≤ high of the named fields, or low < value < high; None passes."""
-    for name in names.split():
-        value = getattr(config, name)
-        if value is None or (low < value < high if open_ else low <= value <= high):
-            continue
-        edge = "above" if open_ else "at least"
-        limit = "" if high == float("inf") else f" and {'below' if open_ else 'at most'} {high:g}"
-        raise UserError(f"{name} is {value}; it must be {edge} {low:g}{limit}")
 
 
 @dataclass(frozen=True)
@@ -103,27 +68,27 @@ class ModelConfig:
     """Start with every block an identity: projections into the residual stream are zero, not N(0, 0.02/√(2L))."""
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require_range(self, "n_layer n_head n_embd block_size vocab_size window full_attention_every", 1)
-        _require_range(self, "rope_theta logit_softcap", 0, open_=True)
-        _require(
+        require_types(self)
+        require_range(self, "n_layer n_head n_embd block_size vocab_size window full_attention_every", 1)
+        require_range(self, "rope_theta logit_softcap", 0, open_=True)
+        require(
             self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; change one of them",
         )
         kv = self.kv_heads
-        _require(
+        require(
             kv >= 1 and self.n_head % kv == 0,
             f"n_head {self.n_head} is not divisible by n_kv_head {kv}; choose a divisor of n_head",
         )
-        _require(
+        require(
             self.position != "rope" or self.head_dim % 2 == 0,
             f"RoPE rotates pairs, but the head dimension n_embd / n_head is {self.head_dim}, an odd number",
         )
-        _require(
+        require(
             self.full_attention_every is None or self.window is not None,
             f"full_attention_every is {self.full_attention_every}, but there is no window; give one",
         )
-        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
     @property
     def head_dim(self) -> int:
@@ -171,8 +136,8 @@ class DataConfig:
     """Draw the sequences of an epoch in a seeded random order instead of the file's."""
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require_range(self, "micro_batch_size total_batch_tokens val_tokens", 1)
+        require_types(self)
+        require_range(self, "micro_batch_size total_batch_tokens val_tokens", 1)
 
 
 @dataclass(frozen=True)
@@ -207,13 +172,13 @@ class OptimConfig:
     """Largest global gradient norm; a longer gradient is scaled down. 0: no clipping."""
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require_range(self, "learning_rate muon_learning_rate adam_eps", 0, open_=True)
-        _require_range(self, "weight_decay grad_clip warmup_steps", 0)
-        _require_range(self, "min_lr_ratio decay_fraction", 0, 1)
+        require_types(self)
+        require_range(self, "learning_rate muon_learning_rate adam_eps", 0, open_=True)
+        require_range(self, "weight_decay grad_clip warmup_steps", 0)
+        require_range(self, "min_lr_ratio decay_fraction", 0, 1)
         for name in ("beta1", "beta2", "muon_momentum"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
+            require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -287,12 +252,12 @@ class RunConfig:
     """Steps to trace with PyTorch's profiler, after the first few, into RUN/profile. 0: none."""
 
     def __post_init__(self) -> None:
-        _require_types(self)
-        _require_range(self, "max_steps log_every keep sample_tokens", 1)
-        _require_range(self, "seed", 0, 2**63 - 1)
-        _require_range(self, "eval_every hellaswag_limit num_samples checkpoint_every checkpoint_minutes", 0)
-        _require_range(self, "keep_every profile", 0)
-        _require_range(self, "spike_zscore", 0, open_=True)
+        require_types(self)
+        require_range(self, "max_steps log_every keep sample_tokens", 1)
+        require_range(self, "seed", 0, 2**63 - 1)
+        require_range(self, "eval_every hellaswag_limit num_samples checkpoint_every checkpoint_minutes", 0)
+        require_range(self, "keep_every profile", 0)
+        require_range(self, "spike_zscore", 0, open_=True)
 
 
 @dataclass(frozen=True)
@@ -310,7 +275,7 @@ class Config:
 
     def __post_init__(self) -> None:
         tokens, length = self.data.total_batch_tokens, self.model.block_size
-        _require(
+        require(
             tokens % length == 0,
             f"total_batch_tokens {tokens} is not a multiple of block_size {length}; "
             f"choose {max(tokens // length, 1) * length}",
@@ -338,14 +303,14 @@ class Config:
         Raises:
             UserError: a part or a setting this version does not know.
         """
-        _require(isinstance(raw, dict), f"it holds no settings but {raw!r:.40}")
+        require(isinstance(raw, dict), f"it holds no settings but {raw!r:.40}")
         parts: dict[str, Any] = {}
         for part in dataclasses.fields(Config):
             kind = type(getattr(Config(), part.name))
             known = {f.name: f for f in dataclasses.fields(kind)}
             given = raw.get(part.name, {})
             unknown = sorted(given.keys() - known.keys())
-            _require(not unknown, f"the configuration holds {', '.join(unknown)}, unknown to this version")
+            require(not unknown, f"the configuration holds {', '.join(unknown)}, unknown to this version")
             parts[part.name] = kind(
                 **{
                     key: Path(value) if value is not None and "Path" in str(known[key].type) else value
