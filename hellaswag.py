@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 
-from gpt2.compile import compile_model
-from gpt2.console import duration
-from gpt2.distributed import World, world
+from gpt2.distributed.world import World, world
 from gpt2.errors import UserError, run_cli
-from gpt2.hellaswag import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Result, evaluate
-from gpt2.hellaswag_data import load_examples, write_atomically
-from gpt2.hellaswag_examples import Example, spread
-from gpt2.hellaswag_rows import CONVENTIONS
-from gpt2.huggingface import load_pretrained, resolve_model
-from gpt2.model import GPT
+from gpt2.hellaswag.download import load_examples, write_atomically
+from gpt2.hellaswag.examples import Example, spread
+from gpt2.hellaswag.rows import CONVENTIONS
+from gpt2.hellaswag.score import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Result, evaluate
+from gpt2.metrics.console import duration
+from gpt2.metrics.reference import GPT2_HELLASWAG, GPT2_HELLASWAG_HARNESS, GPT3_HELLASWAG, HELLASWAG_CHANCE, SHAPES
+from gpt2.model.compile import compile_model
+from gpt2.model.gpt import GPT
+from gpt2.model.pretrained import load_pretrained, resolve_model
 from gpt2.precision import resolve_dtype
-from gpt2.reference import GPT2_HELLASWAG, GPT2_HELLASWAG_HARNESS, GPT3_HELLASWAG, HELLASWAG_CHANCE, SHAPES
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -28,30 +28,30 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
 
-from gpt2.checkpoint import Checkpoint, host_copy, read_checkpoint
-from gpt2.checkpoint_writer import CheckpointWriter
+from gpt2.checkpoint.directory import Checkpoint, host_copy, read_checkpoint
+from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, write_config
+from gpt2.checkpoint.writer import CheckpointWriter
 from gpt2.config import Config
-from gpt2.distributed import WholeErrorFile, World, parallelize, place_like, shorten_timeout, whole, world
+from gpt2.distributed.hang import HangWatch, enable_flight_recorder
+from gpt2.distributed.world import WholeErrorFile, World, parallelize, place_like, shorten_timeout, whole, world
 from gpt2.errors import UserError, run_cli
-from gpt2.evaluator import Evaluator
-from gpt2.guards import MAX_SKIPS_IN_A_ROW, StepGuard, StopSignals, lock_run
-from gpt2.hang import HangWatch, enable_flight_recorder
 from gpt2.hardware import device_name, environment
-from gpt2.loader import Blocks, Loader
-from gpt2.metrics import EndReason, Metrics
-from gpt2.model import GPT
-from gpt2.optim import describe_groups, load_state_tensors, make_optimizers, set_learning_rates, state_tensors
-from gpt2.out_of_memory import explain, first_line, is_out_of_memory, record_allocations
-from gpt2.phase_clock import Phase
-from gpt2.plan import Plan, device_memory, make_plan
+from gpt2.metrics.phase_clock import Phase
+from gpt2.metrics.recorder import EndReason, Metrics
+from gpt2.model.gpt import GPT
 from gpt2.precision import make_deterministic, resolve_dtype, set_matmul_precision
 from gpt2.presets import parse_args
-from gpt2.profile import StepProfiler
-from gpt2.resume import Origin, find_origin, find_start, is_own, load_weights, write_config
-from gpt2.schedule import lr_factor, plot_schedule
-from gpt2.shards import open_dataset
-from gpt2.step import Flags, MicroBatches, PendingNumbers, ranks_with_bad_gradient, seed_step, train_step
-from gpt2.tokenizer import Tokenizer
+from gpt2.tokens.dataset import open_dataset
+from gpt2.tokens.loader import Blocks, Loader
+from gpt2.tokens.tokenizer import Tokenizer
+from gpt2.train.divergence import MAX_SKIPS_IN_A_ROW, StepGuard, StopSignals, lock_run
+from gpt2.train.evaluation import Evaluator
+from gpt2.train.optim import describe_groups, load_state_tensors, make_optimizers, set_learning_rates, state_tensors
+from gpt2.train.out_of_memory import explain, first_line, is_out_of_memory, record_allocations
+from gpt2.train.plan import Plan, device_memory, make_plan
+from gpt2.train.profile import StepProfiler
+from gpt2.train.schedule import lr_factor, plot_schedule
+from gpt2.train.step import Flags, MicroBatches, PendingNumbers, ranks_with_bad_gradient, seed_step, train_step
 
 DIVERGED_EXIT = 3
 

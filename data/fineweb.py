@@ -103,11 +103,11 @@ def _directory(command: str, description: str, arguments: list[str]) -> Path:
 
 def tokenize(args: argparse.Namespace) -> int:
     """Make the data set, or what is missing of it."""
-    from gpt2.hub import find_source
-    from gpt2.manifest import load_manifest
-    from gpt2.pipeline import Part
-    from gpt2.prepare import prepare
-    from gpt2.request import Request, manifest_path
+    from gpt2.prepare.build import prepare
+    from gpt2.prepare.download import find_source
+    from gpt2.prepare.job import Request, manifest_path
+    from gpt2.prepare.workers import Part
+    from gpt2.tokens.manifest import load_manifest
 
     if args.source is not None:
         if args.out is None:
@@ -137,7 +137,7 @@ def tokenize(args: argparse.Namespace) -> int:
     manifest = prepare(request, print)
     _print_statistics(manifest.statistics())
     if args.plot:
-        from gpt2.length_plot import plot_lengths
+        from gpt2.prepare.length_plot import plot_lengths
 
         print(f"drew {plot_lengths(manifest, out / 'document_lengths.png')}")
     return 0
@@ -154,10 +154,10 @@ def _print_statistics(statistics: dict[str, object]) -> None:
 
 def verify(directory: Path) -> int:
     """Check every shard of a data set, print a table, and return 1 where one is not as it should be."""
-    from gpt2.manifest import load_manifest
-    from gpt2.shards import open_dataset
-    from gpt2.tokenizer import GPT2Tokenizer
-    from gpt2.verify import check_foreign, check_manifest, manifests_of
+    from gpt2.tokens.dataset import open_dataset
+    from gpt2.tokens.manifest import load_manifest
+    from gpt2.tokens.tokenizer import GPT2Tokenizer
+    from gpt2.tokens.verify import check_foreign, check_manifest, manifests_of
 
     manifests = [load_manifest(path) for path in manifests_of(directory)]
     faults, shards = [], 0
@@ -189,8 +189,8 @@ def verify(directory: Path) -> int:
 
 def merge(directory: Path) -> int:
     """Write the common manifest of all parts."""
-    from gpt2.prepare import totals
-    from gpt2.verify import merge_parts
+    from gpt2.prepare.build import totals
+    from gpt2.tokens.verify import merge_parts
 
     manifest = merge_parts(directory)
     print(f"{directory}: {totals(manifest)}")

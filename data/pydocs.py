@@ -30,9 +30,9 @@ _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the data set, or say that it is there."""
-    from gpt2.prepare import reusable, totals
-    from gpt2.shards import write_dataset
-    from gpt2.tokenizer import gpt2_tokenizer
+    from gpt2.prepare.build import reusable, totals
+    from gpt2.tokens.dataset import write_dataset
+    from gpt2.tokens.tokenizer import gpt2_tokenizer
 
     parser = argparse.ArgumentParser(description="Python's own documentation as GPT-2 token shards.")
     parser.add_argument(

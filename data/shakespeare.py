@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the data set, or say that it is there."""
     import numpy as np
 
-    from gpt2.prepare import reusable, totals
-    from gpt2.shards import write_dataset
-    from gpt2.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
+    from gpt2.prepare.build import reusable, totals
+    from gpt2.tokens.dataset import write_dataset
+    from gpt2.tokens.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
 
     args = make_parser().parse_args(argv)
     default = "shakespeare_char" if args.tokenizer == "char" else "shakespeare"

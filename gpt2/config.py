@@ -1,7 +1,7 @@
 """Everything a run can be told, as frozen dataclasses.
 
 A `Config` that exists is one that makes sense by itself: each part checks its own values when it is built. What
-depends on the machine or the data (devices, shards, memory) is checked by `gpt2.plan`.
+depends on the machine or the data (devices, shards, memory) is checked by `gpt2.train.plan`.
 """
 
 from __future__ import annotations

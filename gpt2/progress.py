@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from gpt2.console import duration
+from gpt2.metrics.console import duration
 
 _BAR_WIDTH = 24
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2.attention import recorded_weights
-from gpt2.distributed import pick_device
+from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
 from gpt2.figures import save_figure
-from gpt2.huggingface import load_pretrained
-from gpt2.model import GPT
+from gpt2.model.attention import recorded_weights
+from gpt2.model.gpt import GPT
+from gpt2.model.pretrained import load_pretrained
 
 MAX_TOKENS = 48
 """Longest prompt whose labels can still be read."""

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpt2.distributed import pick_device
+from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
 from gpt2.hardware import environment
 

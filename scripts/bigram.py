@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2.distributed import pick_device
+from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
 from gpt2.figures import save_figure
-from gpt2.generate import generate
-from gpt2.huggingface import load_pretrained
-from gpt2.loss import IGNORE
-from gpt2.model import GPT
-from gpt2.sampling import row_generators, seed_number
-from gpt2.tokenizer import CharTokenizer
+from gpt2.generation.generate import generate
+from gpt2.generation.sampling import row_generators, seed_number
+from gpt2.model.gpt import GPT
+from gpt2.model.loss import IGNORE
+from gpt2.model.pretrained import load_pretrained
+from gpt2.tokens.tokenizer import CharTokenizer
 
 HIDDEN = 8
 MAX_VOCABULARY = 4096

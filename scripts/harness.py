@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError, run_cli
-from gpt2.hellaswag_data import load_examples
-from gpt2.hellaswag_examples import Example, content_lines, spread
-from gpt2.huggingface import resolve_model
+from gpt2.hellaswag.download import load_examples
+from gpt2.hellaswag.examples import Example, content_lines, spread
+from gpt2.model.pretrained import resolve_model
 
 
 def harness_samples(

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError, run_cli
-from gpt2.history import METRICS_FILE
-from gpt2.report import report
-from gpt2.runs import Run, open_run
+from gpt2.metrics.history import METRICS_FILE
+from gpt2.report.content import report
+from gpt2.report.runs import Run, open_run
 
 PAGE = Path(__file__).resolve().parent / "report_page"
 
@@ -27,7 +27,7 @@ def render(content: dict[str, Any], *, refresh: int | None = None) -> str:
     """The page as one HTML text that loads nothing.
 
     Args:
-        content: of `gpt2.report.report`.
+        content: of `gpt2.report.content.report`.
         refresh: seconds after which a browser reads the file again; None: never.
     """
     # "<" inside JSON could end the script element that holds it.
@@ -66,7 +66,7 @@ def write_report(
         os.replace(part, out)
         written = [out]
         if png:
-            from gpt2.plots import save_plots
+            from gpt2.report.plots import save_plots
 
             try:
                 written += save_plots(content, out.parent, log_tokens=log_tokens)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2.errors import UserError, run_cli
-from gpt2.plots import short
-from gpt2.runs import Run, find_runs, open_run
+from gpt2.report.plots import short
+from gpt2.report.runs import Run, find_runs, open_run
 
 HEAD = ("run", "preset", "tokens", "steps", "best loss", "HellaSwag", "tok/s", "status", "last checkpoint")
 

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from gpt2.distributed import pick_device
+from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
-from gpt2.generate import stream
-from gpt2.huggingface import load_pretrained
-from gpt2.model import GPT
-from gpt2.packed import decoding_copy
+from gpt2.generation.generate import stream
+from gpt2.generation.sampling import Sampling, seed_number
+from gpt2.generation.text_stream import TextStream
+from gpt2.model.cpu_inference import decoding_copy
+from gpt2.model.gpt import GPT
+from gpt2.model.pretrained import load_pretrained
 from gpt2.precision import resolve_dtype, set_matmul_precision
-from gpt2.sampling import Sampling, seed_number
-from gpt2.text_stream import TextStream
-from gpt2.tokenizer import Tokenizer
+from gpt2.tokens.tokenizer import Tokenizer
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

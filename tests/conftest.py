@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.shards import write_dataset
-from gpt2.tokenizer import CharTokenizer
+from gpt2.tokens.dataset import write_dataset
+from gpt2.tokens.tokenizer import CharTokenizer
 
 CHARS = "".join(map(chr, range(ord("A"), ord("Z") + 1))) + "abcdefghijklmnopqrstuvwxyz .,!?\n'"
 """59 characters: a vocabulary that is no multiple of 64, so that its padding is in play."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from gpt2.distributed import WholeErrorFile
+from gpt2.distributed.world import WholeErrorFile
 
 
 def dump_and_die(value: Any, file: Any) -> None:

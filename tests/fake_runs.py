@@ -9,7 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpt2.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from gpt2.metrics.recorder import Metrics
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
 GPT2 = ModelConfig()
@@ -163,3 +166,16 @@ def tiny(**options: Any) -> dict[str, Any]:
         "world_size": 1,
         **options,
     }
+
+
+def make_metrics(directory: Path, *, start_step: int = 0, **run: Any) -> Metrics:
+    config = Config(ModelConfig(), DataConfig(), run=RunConfig(max_steps=10, **run))
+    return Metrics(
+        directory,
+        config=config,
+        flops_per_token=1.0,
+        device=torch.device("cpu"),
+        world_size=1,
+        start_step=start_step,
+        dataset="pydocs",
+    )

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import train_gpt2
-from gpt2 import distributed
+from gpt2.distributed import world as distributed
 from gpt2.errors import run_cli
 
 real_step = train_gpt2.train_step

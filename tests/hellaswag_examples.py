@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from repository import SHARED_DATA
 
 from gpt2.config import ModelConfig
-from gpt2.hellaswag_examples import Example, parse_jsonl
-from gpt2.hellaswag_rows import Convention, render
-from gpt2.model import GPT
-from gpt2.tokenizer import GPT2Tokenizer
+from gpt2.hellaswag.examples import Example, parse_jsonl
+from gpt2.hellaswag.rows import Convention, render
+from gpt2.model.gpt import GPT
+from gpt2.tokens.tokenizer import GPT2Tokenizer
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "hellaswag_val.jsonl"
+REAL = SHARED_DATA / "hellaswag_val.jsonl"
 needs_real = pytest.mark.skipif(not REAL.is_file(), reason=f"the real validation split is not at {REAL}")
 
 SHAPES = {

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import train_gpt2
-from gpt2 import checkpoint
+from gpt2.checkpoint import directory as checkpoint
 from gpt2.errors import run_cli
 
 real_step, real_hash = train_gpt2.train_step, checkpoint.sha256_file

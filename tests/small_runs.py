@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from repository import ROOT
 from safetensors.torch import load_file
 
 from gpt2.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
-from gpt2.distributed import World
-from gpt2.guards import StopSignals
+from gpt2.distributed.world import World
+from gpt2.train.divergence import StopSignals
 from train_gpt2 import Run
 
-ROOT = Path(__file__).resolve().parent.parent
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
 SMALL = Config(

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
 from gpt2.config import Config
 from gpt2.errors import UserError
-from gpt2.model import GPT
+from gpt2.model.gpt import GPT
 from gpt2.presets import parse_args, presets
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_no_words_is_the_124m_recipe():

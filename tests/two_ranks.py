@@ -19,11 +19,11 @@ import torch
 from small_runs import small
 
 from gpt2.config import Config
-from gpt2.distributed import World, world
+from gpt2.distributed.world import World, world
 from gpt2.errors import UserError
-from gpt2.guards import StopSignals
-from gpt2.loader import Blocks
-from gpt2.model import GPT
+from gpt2.model.gpt import GPT
+from gpt2.tokens.loader import Blocks
+from gpt2.train.divergence import StopSignals
 from train_gpt2 import Diverged, Run
 
 TABLE = {

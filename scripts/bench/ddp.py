@@ -20,13 +20,13 @@ import torch.distributed as dist
 
 from bench.common import Worker, add_model_arguments, configuration, positive, seconds, summary
 from gpt2.config import Config
-from gpt2.distributed import World, parallelize, world
+from gpt2.distributed.world import World, parallelize, world
 from gpt2.errors import UserError
-from gpt2.guards import StepGuard
-from gpt2.model import GPT
-from gpt2.optim import make_optimizers
+from gpt2.model.gpt import GPT
 from gpt2.precision import resolve_dtype, set_matmul_precision
-from gpt2.step import Flags, train_step
+from gpt2.train.divergence import StepGuard
+from gpt2.train.optim import make_optimizers
+from gpt2.train.step import Flags, train_step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ class Side:
 
     Args:
         config: model and batch.
-        device: of `gpt2.distributed.world`.
+        device: of `gpt2.distributed.world.world`.
         dtype: of `gpt2.precision.resolve_dtype`.
         grad_accum_steps: micro-batches a step.
     """

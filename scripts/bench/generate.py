@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from bench.common import positive, summary, synchronize
-from gpt2.distributed import pick_device
+from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError
-from gpt2.generate import generate
-from gpt2.huggingface import save_pretrained
-from gpt2.model import GPT
-from gpt2.packed import decoding_copy
+from gpt2.generation.generate import generate
+from gpt2.model.cpu_inference import decoding_copy
+from gpt2.model.gpt import GPT
+from gpt2.model.pretrained import save_pretrained
 from gpt2.presets import presets
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

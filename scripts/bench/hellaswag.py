@@ -28,19 +28,19 @@ import torch
 import torch.nn.functional as F
 
 from bench.common import Worker, matmul_flops, positive, require_package, summary
-from gpt2.attention import KVCache
-from gpt2.compile import compile_model
 from gpt2.config import ModelConfig
-from gpt2.distributed import World, pick_device
+from gpt2.distributed.world import World, pick_device
 from gpt2.errors import UserError
-from gpt2.hellaswag import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Head, evaluate
-from gpt2.hellaswag_data import load_examples
-from gpt2.hellaswag_examples import Example, spread
-from gpt2.hellaswag_rows import make_rows, render
-from gpt2.huggingface import save_pretrained
-from gpt2.model import GPT
+from gpt2.hellaswag.download import load_examples
+from gpt2.hellaswag.examples import Example, spread
+from gpt2.hellaswag.rows import make_rows, render
+from gpt2.hellaswag.score import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Head, evaluate
+from gpt2.model.attention import KVCache
+from gpt2.model.compile import compile_model
+from gpt2.model.gpt import GPT
+from gpt2.model.pretrained import save_pretrained
 from gpt2.presets import presets
-from gpt2.tokenizer import GPT2Tokenizer, gpt2_tokenizer
+from gpt2.tokens.tokenizer import GPT2Tokenizer, gpt2_tokenizer
 
 SIDES = ("ours", "kv", "build-nanogpt", "lm-eval")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

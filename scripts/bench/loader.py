@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from bench.common import Worker, positive, summary
-from gpt2.distributed import pick_device
+from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError
-from gpt2.loader import PREFETCH_STEPS, Blocks, Loader
-from gpt2.shards import open_dataset
+from gpt2.tokens.dataset import open_dataset
+from gpt2.tokens.loader import PREFETCH_STEPS, Blocks, Loader
 
 VOCAB_SIZE = 50257
 

@@ -134,7 +134,7 @@ def _write_source(args: argparse.Namespace, directory: Path) -> tuple[list[str],
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from gpt2.sources import local_source
+    from gpt2.prepare.sources import local_source
 
     directory.mkdir()
     if args.source:
@@ -178,7 +178,7 @@ def _in_memory(sources: list[str], workers: int, encoder: str) -> dict[str, floa
 def _tokenize_in_memory(sources: list[str], encoder: str) -> dict[str, float]:
     import pyarrow.parquet as pq
 
-    from gpt2.tokenizer import gpt2_tokenizer
+    from gpt2.tokens.tokenizer import gpt2_tokenizer
 
     texts: list[str] = []
     for path in sources:
@@ -192,9 +192,9 @@ def _tokenize_in_memory(sources: list[str], encoder: str) -> dict[str, float]:
 
 def _ours(sources: list[str], directory: str, workers: int) -> dict[str, float]:
     """The pipeline as `data/fineweb.py` calls it, worker processes' start included."""
-    from gpt2.prepare import prepare
-    from gpt2.request import Request
-    from gpt2.sources import local_source
+    from gpt2.prepare.build import prepare
+    from gpt2.prepare.job import Request
+    from gpt2.prepare.sources import local_source
 
     out = Path(directory)
     shutil.rmtree(out, ignore_errors=True)
@@ -231,7 +231,7 @@ _encoding: Any = None
 
 def _start_baseline() -> None:
     global _encoding
-    from gpt2.tokenizer import gpt2_tokenizer
+    from gpt2.tokens.tokenizer import gpt2_tokenizer
 
     _encoding = gpt2_tokenizer()
 

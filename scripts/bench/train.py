@@ -36,15 +36,15 @@ from bench.common import (
     summary,
 )
 from gpt2.config import Config
-from gpt2.distributed import World, parallelize, pick_device
+from gpt2.distributed.world import World, parallelize, pick_device
 from gpt2.errors import UserError
 from gpt2.hardware import device_name, memory_bytes, peak_flops
-from gpt2.hf_format import config_to_hf, not_in_transformers, state_dict_to_hf
-from gpt2.loss import plain_cross_entropy
-from gpt2.model import GPT
-from gpt2.optim import make_optimizers
-from gpt2.out_of_memory import first_line
+from gpt2.model.gpt import GPT
+from gpt2.model.hf_format import config_to_hf, not_in_transformers, state_dict_to_hf
+from gpt2.model.loss import plain_cross_entropy
 from gpt2.precision import autocast, resolve_dtype, set_matmul_precision
+from gpt2.train.optim import make_optimizers
+from gpt2.train.out_of_memory import first_line
 
 SIDES = ("ours", "plain", "compiled", "transformers")
 LEARNING_RATE = 1e-4
@@ -296,11 +296,11 @@ class Side:
 
     def _ours(self, model: GPT, config: Config) -> Step:
         from gpt2.allocator import keep_freed_memory
-        from gpt2.guards import StepGuard
-        from gpt2.step import Flags, train_step
+        from gpt2.train.divergence import StepGuard
+        from gpt2.train.step import Flags, train_step
 
         if self.device.type == "cpu":
-            keep_freed_memory()  # as gpt2.distributed.world does
+            keep_freed_memory()  # as gpt2.distributed.world.world does
         world = World(0, 0, 1, self.device)
         trained = parallelize(model, replace(config.run, compile=True), world, self.dtype, 1)
         optimizers = make_optimizers(model, config.optim, self.device)

@@ -1,0 +1,186 @@
+"""From where a run starts: its own newest checkpoint, another one, other weights, or nothing; and whether it may."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from gpt2.checkpoint.directory import (
+    list_checkpoints,
+    newest_checkpoint,
+    read_training,
+    supersede_later,
+    verify_checkpoint,
+    write_synced,
+)
+from gpt2.config import Config, ModelConfig
+from gpt2.errors import UserError
+from gpt2.metrics.history import config_difference
+from gpt2.model.hf_format import config_from_hf
+from gpt2.model.pretrained import load_model, resolve_model
+
+CHANGEABLE = {
+    *("data.total_batch_tokens", "data.val_tokens", "run.max_steps", "run.dtype", "run.deterministic"),
+    *("run.on_nonfinite", "run.spike_zscore", "model.dropout"),
+}
+"""Settings that change what comes out of a run, and may change within it when that is asked for; so may the
+optimizer's, but for its kind."""
+FIXED = {"data.shuffle", "run.seed", "optim.optimizer"}
+"""Settings that can't change within a run, as the model's can't: the order of the data would repeat and leave out
+tokens, the optimizer's state would not fit. Everything else (the machine, the log, where the data is) changes freely:
+which data it is, their fingerprint tells."""
+
+
+def check_config_change(old: Config, new: Config, where: Path) -> None:
+    """Refuse settings that can't be changed in a run, and those that change its results unless that was asked for.
+
+    Args:
+        old: the run's.
+        new: asked for.
+        where: the run's directory, for the message.
+
+    Raises:
+        UserError: naming each difference.
+    """
+    difference = config_difference(old.to_dict(), new.to_dict())
+    changeable = {name for name in difference if name in CHANGEABLE or name.startswith("optim.")} - FIXED
+    fixed = {name for name in difference if name in FIXED or name.startswith("model.")} - changeable
+
+    def describe(names: set[str]) -> str:
+        return ", ".join(
+            f"{name.split('.')[1]} {difference[name][0]} → {difference[name][1]}" for name in sorted(names)
+        )
+
+    if fixed:
+        raise UserError(f"{where} holds a run with other settings: {describe(fixed)}; choose another --run for these")
+    if changeable and not new.run.allow_config_change:
+        raise UserError(
+            f"{where} holds a run with other settings: {describe(changeable)}; choose another --run, or go on in this "
+            "one with --allow-config-change"
+        )
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write RUN/config.json, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.new")
+    write_synced(temporary, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run's model is, before its first step.
+
+    Attributes:
+        model: its configuration.
+        weights: directory of the weights `--init-from` names; None: they are drawn, or a checkpoint's.
+    """
+
+    model: ModelConfig
+    weights: Path | None
+
+
+def find_origin(config: Config) -> Origin:
+    """Find the model that a run starts from; nothing is written, and nothing downloaded that a checkpoint replaces.
+
+    Raises:
+        UserError: `--init-from` names no model, or one with a context shorter than asked for.
+    """
+    spec = config.run.init_from
+    if spec is None:
+        return Origin(config.model, None)
+    asked = config.model
+    stored = config.run.run_dir / "config.json"
+    if stored.exists() and list_checkpoints(config.run.run_dir / "checkpoints"):
+        before = Config.load(stored)
+        if before.run.init_from == spec:
+            return Origin(replace(before.model, block_size=asked.block_size, dropout=asked.dropout), None)
+    path = resolve_model(spec)
+    try:
+        found = config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read as JSON: {error}") from None
+    if asked.block_size > found.block_size:
+        raise UserError(
+            f"{spec} has a context of {found.block_size} tokens, shorter than block_size {asked.block_size}; "
+            f"use --block-size {found.block_size}"
+        )
+    return Origin(replace(found, block_size=asked.block_size, dropout=asked.dropout), path)
+
+
+def load_weights(origin: Origin) -> dict[str, Tensor]:
+    """The weights a run starts from, whose origin has some, as `GPT.state_dict`; positions are cut to the context."""
+    assert origin.weights is not None
+    state = load_model(origin.weights).state_dict()
+    if "wpe.weight" in state:
+        state["wpe.weight"] = state["wpe.weight"][: origin.model.block_size]
+    return state
+
+
+def find_start(config: Config, fingerprint: str, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint a run goes on from, None to start at step 0.
+
+    Args:
+        config: asked for; its model is the `Origin`'s.
+        fingerprint: of the data the run is to read.
+        say: told of what is passed over.
+
+    Raises:
+        UserError: the directory holds a run that can't be gone on with like this, or the checkpoint asked for is not
+            one of such a run.
+    """
+    run, resume = config.run.run_dir, config.run.resume
+    checkpoints, stored = run / "checkpoints", run / "config.json"
+    # torchrun starts a failed group again with the same words; then they have been followed already.
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if resume == "never" and not again and (stored.exists() or list_checkpoints(checkpoints)):
+        raise UserError(f"{run} already holds a run, and --resume never would write over it; choose another --run")
+    if not stored.exists() and run.is_dir() and any(not p.name.startswith(".") for p in run.iterdir()):
+        raise UserError(f"{run} is not empty and holds no run; choose another --run")
+    if stored.exists():
+        check_config_change(Config.load(stored), config, run)
+
+    start: Path | None = None
+    if resume not in ("auto", "never"):
+        start = Path(resume)
+        if again or (stored.exists() and Config.load(stored).run.resume == resume):
+            own = newest_checkpoint(checkpoints, say)
+            if own is not None and own.resolve() != start.resolve():
+                say(f"going on from {own}, which this run has reached since it left {start}")
+                start = own
+        elif not is_own(start, run) and list_checkpoints(checkpoints):
+            raise UserError(
+                f"{run} has checkpoints of its own, and {start} is none of them; leave --resume out to go on from the "
+                "newest, or choose another --run"
+            )
+        verify_checkpoint(start)
+        if not is_own(start, run):
+            check_config_change(Config.from_dict(read_training(start).get("config", {})), config, start)
+    else:
+        start = newest_checkpoint(checkpoints, say)
+    if start is None:
+        return None
+
+    trained_on = read_training(start).get("data_fingerprint", "")
+    if trained_on != fingerprint:
+        raise UserError(
+            f"{start} was trained on other data than {config.data.data} now holds (fingerprint {trained_on[:12]}, now "
+            f"{fingerprint[:12]}); restore the data or choose another --run"
+        )
+    step = read_training(start).get("step", 0)
+    if step > config.run.max_steps:
+        raise UserError(f"{start} is at step {step}, past --max-steps {config.run.max_steps}; give {step} or more")
+    if is_own(start, run):
+        for path in supersede_later(start):
+            say(f"set aside as {path}: the run goes on from {start.name}")
+    return start
+
+
+def is_own(checkpoint: Path, run: Path) -> bool:
+    """Whether a checkpoint is one of this run's."""
+    return checkpoint.resolve().parent == (run / "checkpoints").resolve()

@@ -1,0 +1,136 @@
+"""Checkpoints written while training goes on, and which of the old ones stay."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from gpt2.checkpoint.directory import (
+    TEMPORARY,
+    Checkpoint,
+    list_checkpoints,
+    read_training,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from gpt2.config import ModelConfig
+from gpt2.errors import UserError
+from gpt2.tokens.tokenizer import Tokenizer
+
+
+def prune_checkpoints(directory: Path, keep: int, keep_every: int) -> None:
+    """Remove old checkpoints, but the newest `keep`, the best by validation loss, and every `keep_every`-th step.
+
+    Nothing is removed unless the newest one proves undamaged.
+    """
+    found = list_checkpoints(directory)
+    training = {}
+    for path in found:
+        try:
+            training[path] = read_training(path)
+        except UserError:
+            continue  # damaged; it may go when it is old
+    losses = {path: loss for path, t in training.items() if (loss := t.get("val_loss")) is not None}
+    kept = set(found[-keep:])
+    if losses:
+        kept.add(min(losses, key=lambda path: losses[path]))
+    if keep_every:
+        kept |= {path for path, t in training.items() if t["step"] % keep_every == 0}
+    superfluous = [path for path in found if path not in kept]
+    if not superfluous:
+        return
+    try:
+        verify_checkpoint(found[-1])
+    except UserError:
+        return
+    for path in superfluous:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a background thread, one at a time.
+
+    Args:
+        directory: RUN/checkpoints.
+        config: of the model.
+        tokenizer: of its tokens.
+        keep: of `prune_checkpoints`.
+        keep_every: of `prune_checkpoints`.
+        saved: told the step and path of each complete checkpoint.
+        failed: told a line about each that could not be written; training goes on.
+
+    `saved` and `failed` are called by whoever calls `busy` or `wait` next, not by the thread.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        keep: int,
+        keep_every: int,
+        saved: Callable[[int, Path], None],
+        failed: Callable[[str], None],
+    ):
+        self.directory, self.config, self.tokenizer = directory, config, tokenizer
+        self.keep, self.keep_every = keep, keep_every
+        self.saved, self.failed = saved, failed
+        self.failed_step: int | None = None
+        """Step of the last checkpoint, if that could not be written."""
+        self._step = -1
+        self._thread: threading.Thread | None = None
+        self._outcome: Path | OSError | None = None
+        for leftover in directory.glob(f"{TEMPORARY}*"):  # of a process that was killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, once nothing is being written."""
+        self.wait()
+        return next(reversed(list_checkpoints(self.directory)), None)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Begin to write a checkpoint, whose tensors must not change any more; waits for the one before it."""
+        self.wait()
+        self._step = checkpoint.training["step"]
+        self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def busy(self, seconds: float = 0) -> bool:
+        """Whether a checkpoint is still being written after so many seconds."""
+        if self._thread is None:
+            return False
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return True
+        self._thread = None
+        self._report()
+        return False
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        while self.busy(seconds=60):
+            pass
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._outcome = write_checkpoint(self.directory, checkpoint, self.config, self.tokenizer)
+        except OSError as error:  # reported in the main thread
+            self._outcome = error
+            return
+        prune_checkpoints(self.directory, self.keep, self.keep_every)
+
+    def _report(self) -> None:
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, Path):
+            self.failed_step = None
+            self.saved(self._step, outcome)
+            return
+        self.failed_step = self._step
+        last = next(reversed(list_checkpoints(self.directory)), None)
+        kept = f"the last good one is {last}" if last else "there is no earlier one"
+        self.failed(f"warning: the checkpoint of step {self._step} could not be written ({outcome}); {kept}")

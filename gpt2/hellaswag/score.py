@@ -1,0 +1,283 @@
+"""HellaSwag, scored exactly: which of four endings does the model find most likely?
+
+Two conventions are in use, and their figures differ (GPT-2 124M: 29.55 or 31.14), so both are here. "completion" is
+that of build-nanogpt and llm.c, "harness" that of EleutherAI's lm-evaluation-harness, task version 1.0.
+
+The four endings of an example share its context, so they share one row, in which the context runs through the model
+once:
+
+    context             | ending 0    | ending 1 | ending 2     | ending 3   | padding
+    positions 0 … c-1   | c …         | c …      | c …          | c …        |
+
+Each ending sees the context and itself; its positions go on from the context's, as if it stood there alone. A row's
+last context token predicts the first token of all four, an ending's last token is predicted but never read. Rows of
+similar length share a batch, and the head sees only what is scored: over the validation split 1.74 M tokens pass
+through the model and 1.24 M through the head, where four padded rows an example would make it 3.66 M through both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gpt2.distributed.world import World, whole
+from gpt2.errors import UserError
+from gpt2.hellaswag.examples import ENDINGS, Example
+from gpt2.hellaswag.rows import Convention, Row, Rows, make_rows, pack, plan
+from gpt2.model.attention import varying_backends
+from gpt2.model.cpu_inference import PackedLinear, can_pack, scoring_copy
+from gpt2.model.gpt import GPT
+from gpt2.model.loss import softcap
+from gpt2.tokens.tokenizer import GPT2Tokenizer, Tokenizer
+
+CPU_TOKEN_BUDGET = 2048
+"""Tokens of a batch. Larger ones are no faster on a CPU, but hold rows of more different lengths: more padding."""
+GPU_TOKEN_BUDGET = 16_384
+"""The same on a GPU: enough to fill it. Eight of them take 14 batches for the validation split."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model made of the examples. Every process holds the same.
+
+    Attributes:
+        convention: "completion" or "harness".
+        acc: part of the labelled examples whose right ending has the largest sum of log-probabilities.
+        acc_norm: the same after dividing by the ending's length, in tokens (completion) or characters (harness). Both
+            NaN where no example has a label.
+        examples: examples scored.
+        labelled: those of them that have a label.
+        truncated: examples of which some ending did not fit behind its context, which lost its beginning.
+        tokens: tokens through the model, padding included.
+        scored: positions through the head.
+        seconds: for all of it, tokenizing included.
+        log_probs: (examples, 4) sums of the endings' log-probabilities, nats.
+        lengths: (examples, 4) tokens or characters, what acc_norm divides by.
+        predictions: (examples,) the ending acc takes; the first of equals.
+        predictions_norm: (examples,) the ending acc_norm takes.
+    """
+
+    convention: Convention
+    acc: float
+    acc_norm: float
+    examples: int
+    labelled: int
+    truncated: int
+    tokens: int
+    scored: int
+    seconds: float
+    log_probs: np.ndarray
+    lengths: np.ndarray
+    predictions: np.ndarray
+    predictions_norm: np.ndarray
+
+    @property
+    def acc_stderr(self) -> float:
+        """Standard error of acc: of a mean of `labelled` draws that are 0 or 1."""
+        return _standard_error(self.acc, self.labelled)
+
+    @property
+    def acc_norm_stderr(self) -> float:
+        """Standard error of acc_norm."""
+        return _standard_error(self.acc_norm, self.labelled)
+
+
+def _standard_error(p: float, n: int) -> float:
+    return (p * (1 - p) / (n - 1)) ** 0.5 if n > 1 else float("nan")
+
+
+class Head:
+    """Log-probabilities in fp32 from the model's last states, a chunk of positions at a time.
+
+    A product of bf16 matrices comes out rounded to bf16, in steps of 0.5 where GPT-2's logits lie (about -100), though
+    a softmax only feels their differences. So for bf16 the vocabulary's mean row is taken off the weight first: it
+    shifts all logits of a position alike, and what is left is small and rounded finely.
+
+    Args:
+        model: sharded or not; every process must make its Head at the same time.
+        dtype: of the product.
+        chunk: positions at a time; the peak of memory is chunk · vocabulary logits in `dtype`, and
+        tile: of them at a time in fp32, twice. On a CPU few enough to stay in its cache.
+    """
+
+    def __init__(self, model: GPT, dtype: torch.dtype, chunk: int, tile: int):
+        weight = whole(model.lm_head.weight.detach())
+        self.vocab_size = model.config.vocab_size
+        self.cap = model.config.logit_softcap
+        self.chunk, self.tile = chunk, tile
+        self.mean: Tensor | None = None
+        if dtype != torch.float32:
+            weight = weight.float()
+            self.mean = weight[: self.vocab_size].mean(dim=0)  # (C,)
+            weight = weight - self.mean
+        head = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+        head.weight = nn.Parameter(weight.to(dtype), requires_grad=False)  # (V, C)
+        self.linear = PackedLinear(head, chunk) if weight.device.type == "cpu" and can_pack(dtype) else head
+        self.dtype = dtype
+
+    def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """(n, C) states and the (n, k) ids they predict, to (n, k) log-probabilities in nats, fp32."""
+        result = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), self.chunk):
+            h = hidden[start : start + self.chunk]
+            logits = self.linear(h.to(self.dtype))[:, : self.vocab_size]  # (chunk, V)
+            shift = None if self.mean is None or self.cap is None else (h.float() @ self.mean)[:, None]  # (chunk, 1)
+            for first in range(0, len(h), self.tile):
+                rows = slice(first, first + self.tile)
+                tile = logits[rows].float()  # (tile, V)
+                if self.cap is not None:
+                    tile = softcap(tile if shift is None else tile + shift[rows], self.cap)
+                after = slice(start + first, start + first + len(tile))
+                result[after] = tile.log_softmax(dim=1).gather(1, targets[after])
+        return result
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    world: World,
+    convention: Convention = "completion",
+    dtype: torch.dtype = torch.float32,
+    token_budget: int | None = None,
+    compiled: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Score every example; all processes of `world` must call this together.
+
+    The result does not depend on the number of processes, the budget or the order of the examples. The model's mode
+    (train or eval) is as before afterwards, and no random number is drawn.
+
+    Args:
+        model: in training or not, its blocks compiled or not, sharded (with `hidden` among FSDP's forward methods) or
+            not.
+        examples: of `load_examples`.
+        tokenizer: the model's; must be GPT-2's.
+        world: of the processes; the model is on its device.
+        convention: "completion" or "harness".
+        dtype: of matrix products. float32 is exact; bfloat16 rounds, which turns a few close calls. The softmax is
+            in fp32 in either.
+        token_budget: tokens a process passes through the model at a time, padding included: the bound of memory.
+            None: CPU_TOKEN_BUDGET or GPU_TOKEN_BUDGET.
+        compiled: whether to use the compiled form of blocks that have one, with batches of a few fixed shapes. Without
+            it they run uncompiled: one evaluation is over before its shapes would have been compiled.
+        progress: called with the number of rows done and their total.
+
+    Raises:
+        UserError: there are no examples, tokenizer or model are not of GPT-2's vocabulary, or its scores are NaN.
+    """
+    started = time.perf_counter()
+    if not examples:
+        raise UserError("there are no HellaSwag examples to evaluate; give at least one")
+    if not isinstance(tokenizer, GPT2Tokenizer) or model.config.vocab_size != tokenizer.n_vocab:
+        raise UserError(
+            f"HellaSwag needs GPT-2's vocabulary of 50257 tokens, but the model has {model.config.vocab_size} and its "
+            f"tokenizer is {tokenizer.name!r}; evaluate a model trained on GPT-2's tokens"
+        )
+    device = world.device
+    on_cpu = device.type == "cpu"
+    if token_budget is None:
+        token_budget = CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET
+    prepared = make_rows(tuple(examples), tokenizer, convention, model.config.block_size)
+    rows = prepared.rows
+    # Few shapes for the compiler; rows of masks aligned for a GPU's kernels; no padding at all for a CPU.
+    multiple = 64 if compiled else 1 if on_cpu else 8
+    batches = plan(np.array([row.length for row in rows]), world.size, token_budget, multiple)
+
+    was_training = model.training
+    model.eval()
+    try:
+        head = Head(model, dtype, chunk=1024 if on_cpu else 2048, tile=16 if on_cpu else 2048)
+        # Packing is for the uncompiled; and weights are packed anew for each evaluation, in less than a batch takes.
+        scorer = model if compiled else scoring_copy(model, dtype, token_budget)
+        scores: list[tuple[list[Row], np.ndarray, Tensor]] = []
+        done = scored = 0
+        with (
+            torch.compiler.set_stance("default" if compiled else "force_eager"),
+            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            varying_backends(device),
+        ):
+            for batch in batches:
+                mine = [rows[i] for i in batch.members[world.rank :: world.size]]
+                arrays = pack(mine, batch.rows, batch.length)
+                log_probs = _score(scorer, head, arrays, device)
+                scores.append((mine, arrays["ending"], log_probs))
+                scored += len(arrays["heads"])
+                done += len(batch.members)
+                if progress is not None:
+                    progress(done, len(rows))
+    finally:
+        model.train(was_training)
+
+    sums = np.zeros(len(examples) * ENDINGS)
+    for mine, ending, log_probs in scores:
+        slots = [slots for row in mine for slots in row.slots]
+        totals = np.bincount(ending, log_probs.double().cpu().numpy(), len(slots))
+        for slot, total in zip(slots, totals, strict=True):
+            sums[list(slot)] = total
+    if world.size > 1:
+        sums = world.sum_(torch.from_numpy(sums).to(device)).cpu().numpy()
+        scored = int(world.sum_(torch.tensor(scored, device=device)).item())
+    if not np.isfinite(sums).all():
+        raise UserError("the model's log-probabilities are not finite; its weights are damaged or training diverged")
+    return _result(
+        examples,
+        prepared,
+        convention,
+        sums.reshape(-1, ENDINGS),
+        tokens=sum(batch.rows * batch.length for batch in batches) * world.size,
+        scored=scored,
+        started=started,
+    )
+
+
+def _score(model: GPT, head: Head, arrays: dict[str, np.ndarray], device: torch.device) -> Tensor:
+    """Log-probabilities (m,) of all tokens of all endings that `pack` laid out."""
+    moved = {name: torch.from_numpy(array).to(device) for name, array in arrays.items() if name != "ending"}
+    segments = moved["segments"]  # (B, T)
+    mask = segments[:, None, :] == 0  # every token of the row sees the context
+    mask = mask | (segments[:, :, None] == segments[:, None, :])  # (B, T, T)
+    hidden = model.hidden(moved["tokens"], moved["positions"], mask)  # (B, T, C)
+    with torch.autocast(device.type, enabled=False):
+        log_probs = head.log_probs(hidden.flatten(0, 1)[moved["heads"]], moved["targets"])  # (n, 4)
+    return log_probs.flatten()[moved["scored"]]
+
+
+def _result(
+    examples: Sequence[Example],
+    prepared: Rows,
+    convention: Convention,
+    log_probs: np.ndarray,
+    *,
+    tokens: int,
+    scored: int,
+    started: float,
+) -> Result:
+    with np.errstate(divide="ignore"):  # an ending of no characters has -inf a character, as in the harness
+        normalised = log_probs / prepared.lengths
+    predictions, predictions_norm = log_probs.argmax(axis=1), normalised.argmax(axis=1)  # the first of equals
+    labels = np.array([-1 if example.label is None else example.label for example in examples])
+    known = labels >= 0
+    labelled = int(known.sum())
+    return Result(
+        convention=convention,
+        acc=float((predictions == labels)[known].mean()) if labelled else float("nan"),
+        acc_norm=float((predictions_norm == labels)[known].mean()) if labelled else float("nan"),
+        examples=len(examples),
+        labelled=labelled,
+        truncated=prepared.truncated,
+        tokens=tokens,
+        scored=scored,
+        seconds=time.perf_counter() - started,
+        log_probs=log_probs,
+        lengths=prepared.lengths,
+        predictions=predictions,
+        predictions_norm=predictions_norm,
+    )

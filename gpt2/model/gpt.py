@@ -1,0 +1,256 @@
+"""GPT-2 and its variants: embeddings, blocks, the head, initialisation, parameter and FLOP counts.
+
+Names of modules and parameters are those of OpenAI's checkpoints (wte, wpe, h.0.attn.c_attn, ..., ln_f), so that a
+reader of either finds the same thing here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpt2.config import ModelConfig
+from gpt2.model.attention import CausalSelfAttention, KVCache, attention_mask, rotary_tables
+from gpt2.model.loss import Softmax, linear_cross_entropy, softcap, softmax_tiled_
+
+INIT_STD = 0.02
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The configured normalisation over the width; ε is GPT-2's 1e-5."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+
+
+class MLP(nn.Module):
+    """Two matrices with a non-linearity between; swiglu's first one makes the gate too."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.activation = config.activation
+        self.dropout = config.dropout
+        gates = 2 if config.activation == "swiglu" else 1
+        self.c_fc = nn.Linear(config.n_embd, gates * config.mlp_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = self.c_fc(x)  # (B, T, hidden), twice that for swiglu
+        if self.activation == "gelu_tanh":
+            x = F.gelu(x, approximate="tanh")
+        elif self.activation == "gelu":
+            x = F.gelu(x)
+        elif self.activation == "relu":
+            x = F.relu(x)
+        elif self.activation == "relu2":
+            x = F.relu(x).square()
+        else:  # swiglu
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.post_norm = config.norm_position == "post"
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T, C) to (B, T, C); the other arguments are `CausalSelfAttention.forward`'s."""
+        if self.post_norm:
+            x = self.ln_1(x + self.attn(x, rotary, mask, cache))
+            return self.ln_2(x + self.mlp(x))
+        x = x + self.attn(self.ln_1(x), rotary, mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The language model.
+
+    `forward` trains and scores; `hidden` and `logits` are its two halves, for those who need only some positions.
+    The embedding has `padded_vocab_size` rows in memory. The rows past `vocab_size` are zero and stay zero: the loss
+    gives them no probability, hence no gradient, and nothing outside this class sees them.
+    """
+
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False  # recompute each block's activations in the backward pass
+        self.softmax: Softmax = softmax_tiled_  # the form of it that the loss uses; gpt2.model.compile sets another
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        # After post-norm blocks the stream is already normalised.
+        self.ln_f = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
+        if config.position == "rope":
+            cos, sin = rotary_tables(config)
+            self.register_buffer("rotary_cos", cos, persistent=False)
+            self.register_buffer("rotary_sin", sin, persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, spec: str | Path, device: torch.device | str = "cpu") -> GPT:
+        """A trained model, in fp32 and evaluation mode.
+
+        Args:
+            spec: a run, a checkpoint, a directory of `transformers`' GPT-2, or a name on the Hugging Face Hub ("gpt2").
+            device: where its weights go.
+
+        Raises:
+            gpt2.errors.UserError: no such model, or one this class cannot compute.
+        """
+        from gpt2.model.pretrained import load_model, resolve_model  # they import this module
+
+        return load_model(resolve_model(spec), device)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> GPT:
+        """Draw GPT-2's initial weights: N(0, 0.02), projections into the stream N(0, 0.02/√(2L)), biases 0, norms 1.
+
+        The draw depends on the seed and the shape alone, not on the device or on the generators in use elsewhere.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = INIT_STD / (2 * self.config.n_layer) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                std = 0.0 if self.config.zero_init_projections else residual_std
+            elif parameter.ndim >= 2:
+                std = INIT_STD
+            else:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # norms' gains; every bias
+                continue
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        self.zero_padding_rows()
+        return self
+
+    @torch.no_grad()
+    def zero_padding_rows(self) -> None:
+        """Make the embedding's and the head's rows past the vocabulary zero."""
+        self.wte.weight[self.config.vocab_size :] = 0
+        self.lm_head.weight[self.config.vocab_size :] = 0
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the head reads: the normalised last state of the residual stream.
+
+        Args:
+            tokens: (B, T) ids; T plus what the cache holds is at most `block_size`.
+            positions: (B or 1, T); None: consecutive, behind what the cache holds.
+            mask: (B or 1, T, S) bool over the S keys, the cache's first: True where a query may look, for padded or
+                packed rows. It narrows causality and windows, which then go by position; None: by place in the row.
+            cache: earlier keys and values; this call's are appended.
+
+        Returns:
+            (B, T, C).
+        """
+        T = tokens.size(1)
+        start = 0 if cache is None else cache.length
+        if positions is None:
+            positions = torch.arange(start, start + T, device=tokens.device)[None]  # (1, T)
+        key_positions = positions if cache is None else cache.append_positions(positions)  # (B or 1, S)
+
+        x = self.wte(tokens)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        x = F.dropout(x, self.config.dropout, self.training)
+
+        rotary = None
+        if self.config.position == "rope":
+            rotary = (
+                self.rotary_cos[positions][:, None],
+                self.rotary_sin[positions][:, None],
+            )  # (B or 1, 1, T, hs/2)
+        windows = [self.config.layer_window(layer) for layer in range(self.config.n_layer)]
+        masks: dict[int | None, Tensor | None] = dict.fromkeys(windows)
+        if mask is not None:
+            masks = {window: attention_mask(positions, key_positions, window, mask) for window in masks}
+        for block, window in zip(self.h, windows, strict=True):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, masks[window], use_reentrant=False)
+            else:
+                x = block(x, rotary, masks[window], cache)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) of `hidden` to logits over the real vocabulary, (..., vocab_size)."""
+        logits = self.lm_head(hidden)[..., : self.config.vocab_size]
+        return softcap(logits, self.config.logit_softcap)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or with targets the loss.
+
+        Args:
+            tokens: (B, T) ids.
+            targets: (B, T) ids that follow; `gpt2.model.loss.IGNORE` where none counts.
+
+        Returns:
+            Logits (B, T, vocab_size), or the *sum* of the negative log-likelihoods in nats over the targets that
+            count, fp32: the caller knows over how many tokens, in all processes, it is to be averaged.
+        """
+        hidden = self.hidden(tokens)
+        if targets is None:
+            return self.logits(hidden)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.lm_head.weight,
+            targets.flatten(),
+            vocab_size=self.config.vocab_size,
+            cap=self.config.logit_softcap,
+            softmax=self.softmax,
+        )
+
+    def num_parameters(self) -> int:
+        """Parameters a checkpoint holds: tied ones once, the vocabulary's padding not at all."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        tables = 1 if self.config.tie_embeddings else 2
+        return sum(p.numel() for p in self.parameters()) - tables * padding
+
+    def flops_per_token(self, length: int | None = None) -> float:
+        """Floating-point operations to train on one token: 6 N + 6 L C T, for causal attention counted once.
+
+        N are the parameters that multiply something: all but embeddings that are only looked up. A window shortens T
+        in its blocks. Kaplan et al. 2020 (section 2.1), with attention as in PaLM's appendix B, halved.
+
+        Args:
+            length: T, tokens a sequence; None: block_size.
+        """
+        config = self.config
+        T = config.block_size if length is None else length
+        n = self.num_parameters() - (self.wpe.weight.numel() if self.wpe is not None else 0)
+        if not config.tie_embeddings:
+            n -= config.vocab_size * config.n_embd
+        attention = 0.0
+        for layer in range(config.n_layer):
+            window = min(config.layer_window(layer) or T, T)
+            keys = window - window * window / (2 * T)  # mean keys a query sees: T/2 without a window
+            attention += 12 * config.n_embd * keys
+        return 6 * n + attention

@@ -1,0 +1,242 @@
+"""GPT-2 in the names, layout and configuration of `transformers`, both ways; pure functions, no files.
+
+GPT-2's published files differ from `GPT.state_dict()` in three things: names begin with `transformer.`, linear layers
+are stored transposed (OpenAI wrote them as convolutions of width 1, y = x W + b), and the vocabulary is not padded.
+Whatever `transformers`' GPT-2 can compute is written as model type "gpt2". Other variants are written with a type of
+our own and an activation that does not exist, so that `transformers` refuses them instead of filling gaps at random.
+What it has no words for is kept in `config.json` under the key `repro_gpt2`.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2.config import ModelConfig
+from gpt2.errors import UserError
+from gpt2.model.gpt import GPT
+from gpt2.tokens.tokenizer import Tokenizer, tokenizer_to_dict
+
+OUR_KEY = "repro_gpt2"
+"""Key of config.json that holds what `transformers` has no words for; also the model type of our own variants."""
+
+_ACTIVATION_TO_HF = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
+_ACTIVATION_FROM_HF = {
+    **{hf: ours for ours, hf in _ACTIVATION_TO_HF.items()},
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python": "gelu",
+}
+# Fields of ours that transformers' GPT-2 computes with one value only.
+_FIXED_IN_HF = {
+    "n_kv_head": None,
+    "position": "learned",
+    "window": None,
+    "norm": "layernorm",
+    "norm_position": "pre",
+    "qk_norm": False,
+    "logit_softcap": None,
+}
+# Fields that say nothing to transformers but something to us: inert there, or zero biases.
+_OURS_ALONE = ("rope_theta", "full_attention_every", "bias", "zero_init_projections")
+# Fields of transformers' that this model computes with one value only.
+_FIXED_IN_OURS = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+_TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+_BUFFERS = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$")  # causal masks that old files carry
+_HF_DEFAULTS = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
+
+
+def _defaults(config: ModelConfig) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(config)}
+
+
+def not_in_transformers(config: ModelConfig) -> list[str]:
+    """What of a variant `transformers`' GPT-2 cannot compute, as "name=value"; empty if it can open the model."""
+    values = asdict(config)
+    if config.kv_heads == config.n_head:
+        values["n_kv_head"] = None
+    if all(config.layer_window(layer) is None for layer in range(config.n_layer)):
+        values["window"] = None
+    odd = [f"{name}={values[name]}" for name, fixed in _FIXED_IN_HF.items() if values[name] != fixed]
+    if config.activation not in _ACTIVATION_TO_HF:
+        odd.append(f"activation={config.activation}")
+    return odd
+
+
+def config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """`config.json` of a model: `transformers`' GPT-2 fields, and ours under the key `repro_gpt2`.
+
+    Args:
+        config: the model's.
+        tokenizer: the one its tokens are of; None: unknown.
+    """
+    odd = not_in_transformers(config)
+    ours: dict[str, Any] = {}
+    defaults = _defaults(config)
+    for name in (*_FIXED_IN_HF, *_OURS_ALONE):
+        if getattr(config, name) != defaults[name]:
+            ours[name] = getattr(config, name)
+    if odd:
+        ours["activation"] = config.activation  # its place is taken by the refusal below
+    if tokenizer is not None:
+        ours["tokenizer"] = tokenizer_to_dict(tokenizer)
+    eot = None if tokenizer is None else tokenizer.eot_token
+    # GPT2LMHeadModel looks the activation up by name, whatever the model type says: this name makes it stop.
+    refusal = f"not GPT-2 but a variant ({', '.join(odd)}): open it with gpt2.model.pretrained.load_pretrained"
+    return {
+        "model_type": OUR_KEY if odd else "gpt2",
+        "architectures": ["ReproGPT2Variant" if odd else "GPT2LMHeadModel"],
+        "activation_function": refusal if odd else _ACTIVATION_TO_HF[config.activation],
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_positions": config.block_size,
+        "n_inner": None if config.mlp_hidden == 4 * config.n_embd else config.mlp_hidden,
+        "vocab_size": config.vocab_size,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": 0.02,
+        **_FIXED_IN_OURS,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "dtype": "float32",
+        OUR_KEY: ours,
+    }
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """The model that a `config.json` describes.
+
+    Args:
+        raw: its contents; absent fields have `transformers`' defaults.
+
+    Raises:
+        UserError: another architecture, or a field this model has no counterpart for, by name.
+    """
+    kind = raw.get("model_type")
+    ours = raw.get(OUR_KEY, {})
+    if kind not in ("gpt2", OUR_KEY) or not isinstance(ours, Mapping):
+        raise UserError(f"config.json describes a model of type {kind!r}; only GPT-2 ('gpt2') can be opened")
+    for name, fixed in _FIXED_IN_OURS.items():
+        if raw.get(name, fixed) != fixed:
+            raise UserError(f"config.json sets {name} to {raw[name]!r}; this model only computes with {fixed!r}")
+    values: dict[str, Any] = {name: ours[name] for name in (*_FIXED_IN_HF, *_OURS_ALONE, "activation") if name in ours}
+    if "activation" not in ours:
+        activation = raw.get("activation_function", "gelu_new")
+        if activation not in _ACTIVATION_FROM_HF:
+            raise UserError(
+                f"config.json sets activation_function to {activation!r}; known are {', '.join(_ACTIVATION_FROM_HF)}"
+            )
+        values["activation"] = _ACTIVATION_FROM_HF[activation]
+    sizes = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
+    for name, hf_name in {**sizes, "block_size": "n_positions", "vocab_size": "vocab_size"}.items():
+        value = raw.get(hf_name, _HF_DEFAULTS[hf_name])
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"config.json sets {hf_name} to {value!r}; it must be a whole number")
+        values[name] = value
+    rates = [raw.get(f"{place}_pdrop", 0.1) for place in ("resid", "embd", "attn")]
+    if len(set(rates)) > 1:
+        warnings.warn(
+            f"dropout is {rates} in residual, embedding, attention; training on would use the first", stacklevel=2
+        )
+    values["dropout"] = rates[0]
+    values["tie_embeddings"] = raw.get("tie_word_embeddings", True)
+    try:
+        config = ModelConfig(**values)
+    except TypeError as error:
+        raise UserError(f"config.json holds a value of the wrong type: {error}") from None
+    if raw.get("n_inner") not in (None, config.mlp_hidden):
+        raise UserError(f"config.json sets n_inner to {raw['n_inner']}; this model's MLP is {config.mlp_hidden} wide")
+    return config
+
+
+def state_dict_to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Tensors of `GPT.state_dict()` in `transformers`' names and layout.
+
+    Args:
+        state: unsharded, on any device.
+        config: the model's.
+
+    Returns:
+        Contiguous tensors on the CPU. Tied weights are there once; without biases, GPT-2's are there as zeros.
+    """
+    tensors = {}
+    for name, tensor in state.items():
+        if name == "lm_head.weight":
+            if not config.tie_embeddings:
+                tensors[name] = tensor[: config.vocab_size]
+        elif name == "wte.weight":
+            tensors[f"transformer.{name}"] = tensor[: config.vocab_size]
+        else:
+            tensors[f"transformer.{name}"] = tensor.t() if _TRANSPOSED.search(name) else tensor
+    if not config.bias and not not_in_transformers(config):
+        for name, tensor in list(tensors.items()):
+            if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight")):
+                tensors[name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.shape[-1])
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def state_dict_from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of `state_dict_to_hf`, in fp32, for `GPT.load_state_dict`.
+
+    Old files are understood too: names without `transformer.`, a stored copy of the tied head, causal masks.
+
+    Raises:
+        UserError: tensors missing, left over, of another shape or not floating-point, by name.
+    """
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    given = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    given = {name: tensor for name, tensor in given.items() if not _BUFFERS.match(name)}
+    if config.tie_embeddings and "wte.weight" in given:
+        head = given.setdefault("lm_head.weight", given["wte.weight"])
+        if head is not given["wte.weight"] and not torch.equal(head, given["wte.weight"]):
+            raise UserError("tie_word_embeddings is true, yet lm_head.weight differs from wte.weight; set it to false")
+    if not config.bias:
+        for name in [name for name in given if name.endswith(".bias") and name not in expected]:
+            if given[name].count_nonzero():
+                raise UserError(f"config.json says the model has no biases, yet {name} is not zero")
+            del given[name]
+    for problem, names in (
+        ("missing", sorted(expected.keys() - given.keys())),
+        ("not part of this model", sorted(given.keys() - expected.keys())),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise UserError(f"the weights do not fit config.json: {problem}: {shown}")
+
+    state: dict[str, Tensor] = {}
+    for name, shape in expected.items():
+        tensor = given[name]
+        if not tensor.is_floating_point():
+            raise UserError(f"{name} holds {tensor.dtype} numbers; weights must be floating-point")
+        tensor = tensor.float()
+        if _TRANSPOSED.search(name) and tensor.ndim == 2:
+            tensor = tensor.t().contiguous()
+        if name in ("wte.weight", "lm_head.weight") and tensor.ndim == 2 and tensor.size(0) == config.vocab_size:
+            tensor = F.pad(tensor, (0, 0, 0, shape[0] - config.vocab_size))
+        if tensor.shape != shape:
+            rows = config.vocab_size if name in ("wte.weight", "lm_head.weight") else shape[0]
+            wanted = (rows, *shape[1:])
+            if _TRANSPOSED.search(name):
+                wanted = wanted[::-1]  # as it is in the file
+            raise UserError(f"{name} has shape {tuple(given[name].shape)}; config.json asks for {wanted}")
+        state[name] = tensor
+    if config.tie_embeddings:
+        state["lm_head.weight"] = state["wte.weight"]
+    return state

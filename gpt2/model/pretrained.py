@@ -1,0 +1,237 @@
+"""Models as directories that `transformers` opens: find, load, save; `gpt2.model.hf_format` knows what is in them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2.config import ModelConfig
+from gpt2.errors import UserError
+from gpt2.model.gpt import GPT
+from gpt2.model.hf_format import OUR_KEY, config_from_hf, config_to_hf, state_dict_from_hf, state_dict_to_hf
+from gpt2.tokens.tokenizer import (
+    CharTokenizer,
+    Tokenizer,
+    gpt2_tokenizer,
+    gpt2_vocab_files,
+    tokenizer_from_dict,
+)
+
+__all__ = [
+    "config_from_hf",
+    "config_to_hf",
+    "load_model",
+    "load_pretrained",
+    "load_tokenizer",
+    "resolve_model",
+    "save_pretrained",
+    "state_dict_from_hf",
+    "state_dict_to_hf",
+]
+
+_OPENAI_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+
+def save_pretrained(
+    directory: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer | None
+) -> None:
+    """Write a model so that `transformers` opens the directory: weights, configuration, tokenizer.
+
+    Args:
+        directory: exists; files of the same names are replaced.
+        state: `GPT.state_dict()`'s, unsharded, on any device.
+        config: the model's.
+        tokenizer: the one its tokens are of; None writes no tokenizer.
+    """
+    from safetensors.torch import save_file
+
+    save_file(state_dict_to_hf(state, config), directory / "model.safetensors", metadata={"format": "pt"})
+    raw = config_to_hf(config, tokenizer)
+    _write_json(directory / "config.json", raw)
+    _write_json(
+        directory / "generation_config.json",
+        {name: raw[name] for name in ("bos_token_id", "eos_token_id") if raw[name] is not None},
+    )
+    if tokenizer is None:
+        return
+    limit = {"model_max_length": config.block_size, "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, CharTokenizer):
+        _write_json(directory / "tokenizer.json", _char_tokenizer_to_hf(tokenizer))
+        _write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **limit})
+        return
+    encoder, merges = gpt2_vocab_files()
+    (directory / "vocab.json").write_bytes(encoder)
+    (directory / "merges.txt").write_bytes(merges)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    _write_json(
+        directory / "tokenizer_config.json",
+        {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **special, **limit},
+    )
+
+
+def _char_tokenizer_to_hf(tokenizer: CharTokenizer) -> dict[str, Any]:
+    """`tokenizer.json` of the library `tokenizers`: cut between all characters, look each up."""
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(tokenizer.chars)}, "unk_token": ""},
+    }
+
+
+def resolve_model(spec: str | Path) -> Path:
+    """The directory that holds the model a user named.
+
+    Args:
+        spec: a run (its newest checkpoint), a checkpoint, a directory of `transformers`', or a name on the Hugging
+            Face Hub, which is downloaded unless it is cached.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    path = Path(spec)
+    checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if (checkpoints / "latest").is_file():
+        newest = checkpoints / (checkpoints / "latest").read_text().strip()
+        if not (newest / "config.json").is_file():
+            raise UserError(f"{checkpoints / 'latest'} names {newest.name}, which is not there; give a checkpoint")
+        return newest
+    if checkpoints != path or path.name == "checkpoints":
+        raise UserError(f"the run {path} holds no complete checkpoint yet")
+    if (path / "config.json").is_file():
+        return path
+    if path.exists() and str(spec) not in _OPENAI_NAMES:
+        raise UserError(f"{path} is not a model: a directory with config.json and model.safetensors is needed")
+    if not _HUB_NAME.match(str(spec)):
+        raise UserError(f"no model at {spec}")
+    return _download(str(spec))
+
+
+def _download(name: str) -> Path:
+    """Fetch a model's files from the Hub, or find them in its cache."""
+    remedy = "give the directory of a run, of a checkpoint or of a transformers model instead"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"{name} is no model here, and without huggingface_hub the Hub cannot be asked; "
+            "`pip install huggingface_hub`, or " + remedy
+        ) from None
+    repository = f"openai-community/{name}" if name in _OPENAI_NAMES else name
+    texts = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer*.json"]
+    try:
+        path = Path(snapshot_download(repository, allow_patterns=[*texts, "model*.safetensors*"]))
+        if not any(path.glob("model*.safetensors")):
+            path = Path(snapshot_download(repository, allow_patterns=[*texts, "pytorch_model*.bin*"]))
+    except Exception as error:  # whatever keeps the Hub from answering: the network, a wrong name, no permission
+        raise UserError(
+            f"{name} is no model here, and the Hugging Face Hub did not give {repository} "
+            f"({type(error).__name__}); {remedy}"
+        ) from error
+    return path
+
+
+def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
+    """The model in a directory, in fp32, ready to evaluate. `GPT.from_pretrained` is this after `resolve_model`."""
+    config = config_from_hf(_read_json(directory / "config.json"))
+    state = state_dict_from_hf(_read_tensors(directory), config)
+    model = GPT(config)
+    model.load_state_dict(state)
+    return model.to(device).eval()
+
+
+def load_pretrained(spec: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
+    """A model and its tokenizer.
+
+    Args:
+        spec: as for `resolve_model`.
+        device: where the weights go, in fp32.
+
+    Raises:
+        UserError: no such model, one that does not fit this architecture, or one of an unknown vocabulary.
+    """
+    directory = resolve_model(spec)
+    tokenizer = load_tokenizer(directory)
+    model = load_model(directory, device)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise UserError(
+            f"{directory}: the model has {model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}; "
+            "GPT.from_pretrained opens such a model without a tokenizer"
+        )
+    return model, tokenizer
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of the model in a directory: the one config.json names, else GPT-2's if the files are its."""
+    ours = _read_json(directory / "config.json").get(OUR_KEY, {})
+    if "tokenizer" in ours:
+        return tokenizer_from_dict(ours["tokenizer"])
+    encoder = json.loads(gpt2_vocab_files()[0])
+    for name in ("vocab.json", "tokenizer.json"):
+        if (directory / name).is_file():
+            vocabulary = _read_json(directory / name)
+            if name == "tokenizer.json":
+                vocabulary = {**vocabulary.get("model", {}).get("vocab", {}), "<|endoftext|>": 50256}
+            if vocabulary != encoder:
+                raise UserError(
+                    f"{directory / name} is not GPT-2's vocabulary; GPT.from_pretrained opens the model alone"
+                )
+            break
+    return gpt2_tokenizer()
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a model: one file or several with an index; safetensors before pickles without code."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{name}.index.json"
+        if (directory / name).is_file():
+            return _read_file(directory / name)
+        if index.is_file():
+            tensors: dict[str, Tensor] = {}
+            for file in sorted(set(_read_json(index).get("weight_map", {}).values())):
+                if Path(file).name != file:
+                    raise UserError(f"{index} names {file}, which lies outside its directory")
+                tensors.update(_read_file(directory / file))
+            return tensors
+    raise UserError(f"{directory} holds no model.safetensors and no pytorch_model.bin")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; the model's index names it") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        earlier = [p for p in sorted(path.parent.parent.glob("step_*")) if p < path.parent]
+        remedy = f"; give an earlier checkpoint, such as {earlier[-1]}" if earlier else ""
+        raise UserError(f"{path} cannot be read, it may be cut short or not hold tensors: {error}{remedy}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

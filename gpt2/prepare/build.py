@@ -1,0 +1,224 @@
+"""From a source of text to a finished data set: plan, continue what an earlier run left, tokenize, sum up."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gpt2.errors import UserError
+from gpt2.prepare.download import Fetcher
+from gpt2.prepare.job import Request, continued_manifest, new_manifest
+from gpt2.prepare.shard_builder import Assembler, Layout
+from gpt2.prepare.sources import FileProblem
+from gpt2.prepare.workers import Part, Unit, Units, Workers, assemble_units
+from gpt2.progress import TokenProgress
+from gpt2.tokens.dataset import make_directory
+from gpt2.tokens.fast_bpe import FastEncoder
+from gpt2.tokens.manifest import MANIFEST_NAME, Manifest, Position, load_manifest, save_manifest
+from gpt2.tokens.tokenizer import gpt2_tokenizer
+from gpt2.tokens.verify import check_manifest
+
+
+def prepare(request: Request, say: Callable[[str], None]) -> Manifest:
+    """Make the data set, or what is missing of it.
+
+    Args:
+        request: what to make.
+        say: told, in one line each, what a user should know.
+
+    Returns:
+        The finished manifest.
+
+    Raises:
+        UserError: the directory holds something else, the source is damaged or gone, the disk is full; what is
+            finished by then is kept, and the same call continues.
+    """
+    make_directory(request.directory)
+    try:
+        with _only_one(request.manifest_path):
+            return _prepare(request, say)
+    except KeyboardInterrupt:
+        say("interrupted; finished shards are kept, and the same command continues")
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"disk full in {request.directory}; make room and run the same command again") from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise UserError(f"cannot write to {request.directory}: {error.strerror} ({error.filename})") from error
+        raise
+
+
+def _prepare(request: Request, say: Callable[[str], None]) -> Manifest:
+    scratch = request.directory / (".fetched" if request.part is None else f".fetched-{request.part.number:04d}")
+    ahead = 2 + request.workers // 8  # a file takes a worker minutes to tokenize
+    with Fetcher(request.source, scratch, request.keep_downloads, ahead) as fetcher:
+        if request.manifest_path.exists():
+            manifest = continued_manifest(request, load_manifest(request.manifest_path))
+            missing = _damaged_shards(request.directory, manifest, say)
+            if manifest.complete and not missing:
+                say(f"{request.directory} is complete and verified: {totals(manifest)}")
+                return manifest
+        else:
+            _refuse_strangers(request)
+            manifest, missing = new_manifest(request, fetcher, say), []
+            save_manifest(request.manifest_path, manifest)
+        for stale in request.directory.glob(f".{_prefix(request)}_*.tmp"):
+            stale.unlink()
+        if request.tokenizer == "gpt2" and not isinstance(gpt2_tokenizer().encode_fast, FastEncoder):
+            say("the fast encoder is not exact with this tiktoken; tokenizing with tiktoken's own, which is slower")
+        say(f"tokenizing in {request.workers} process{'es' if request.workers > 1 else ''}")
+        with Workers(request.workers, manifest.tokenizer) as workers:
+            for first, stop in _gaps(len(manifest.shards), missing, manifest.complete):
+                manifest = _make_shards(request, manifest, fetcher, workers, first, stop)
+    say(f"{request.directory}: {totals(manifest)}")
+    return manifest
+
+
+def _prefix(request: Request) -> str:
+    """Start of the training shards' names: disjoint between parts, in the order of the source."""
+    part = f"_p{request.part.number:04d}" if request.part is not None else ""
+    return f"{request.name}_train{part}"
+
+
+def _make_shards(
+    request: Request, manifest: Manifest, fetcher: Fetcher, workers: Workers, first: int, stop: int | None
+) -> Manifest:
+    """Write shards `first` to `stop` - 1, or to the end of the source."""
+    with_val = request.part is None or request.part.number == 1
+    validation = manifest.options["validation"]
+    layout = Layout(
+        directory=request.directory,
+        prefix=_prefix(request),
+        val_prefix=f"{request.name}_val" if with_val else None,
+        suffix=request.suffix,
+        shard_tokens=request.shard_tokens,
+        val_tokens=validation.get("tokens"),
+        val_documents=validation.get("documents"),
+        max_tokens=request.max_tokens,
+    )
+    start = manifest.shards[first - 1].next if first else Position()
+    assert start is not None  # only the last shard of a finished data set has nothing after it
+    assembler = Assembler(layout, manifest, request.manifest_path, first, stop)
+    part = request.part or Part()
+    units = Units(request.source, part, fetcher, start)
+    tokens_before, files = assembler.total, len(request.source.files)
+    progress: TokenProgress | None = None
+
+    def report(unit: Unit, tokens: int) -> None:
+        nonlocal progress
+        if request.max_tokens is not None:
+            unit = unit._replace(done=max(unit.done, tokens / request.max_tokens))
+        if progress is None:
+            progress = TokenProgress("tokenizing", unit.done, began=began)
+        progress.update(tokens - tokens_before, unit.done, f"file {unit.place.file + 1} of {files}")
+
+    began = TokenProgress.now()
+    assembler.clock = lambda: manifest.seconds + TokenProgress.now() - began
+    try:
+        assemble_units(workers, units, fetcher, assembler, report)
+    except FileProblem as error:
+        file = request.source.files[error.number]
+        kept = f"{len(assembler.manifest.shards)} finished shards are kept"
+        if file.path is None:
+            raise UserError(f"{error}; {kept}") from error
+        save_manifest(request.manifest_path, replace(assembler.manifest, failed_file=file.name))
+        raise UserError(f"{error}; replace the file and run the same command again: {kept}") from error
+    finally:
+        if progress is not None:
+            progress.close()
+    return assembler.manifest
+
+
+def _gaps(shards: int, missing: Sequence[int], complete: bool) -> Iterator[tuple[int, int | None]]:
+    """Runs of shards to make: (first, the next that is there, or None for to the end of the source)."""
+    wanted = set(missing)
+    index = 0
+    while index < shards:
+        if index not in wanted:
+            index += 1
+            continue
+        first = index
+        while index in wanted:
+            index += 1
+        yield first, index if index < shards else None
+    if not complete and shards - 1 not in wanted:
+        yield shards, None
+
+
+def _damaged_shards(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> list[int]:
+    """Numbers of the manifest's shards that are missing or not what they should be, after reading all."""
+    damaged, done = [], 0
+    progress = TokenProgress("verifying")
+    total = max(sum(entry.tokens for entry in manifest.shards), 1)
+    for index, check in enumerate(check_manifest(directory, manifest)):
+        done += manifest.shards[index].tokens
+        progress.update(done, done / total)
+        if check.problem:
+            damaged.append(index)
+    progress.close()
+    for index in damaged[:5]:
+        say(f"{manifest.shards[index].file} is missing or damaged; making it again")
+    return damaged
+
+
+def _refuse_strangers(request: Request) -> None:
+    """UserError where the directory holds shards of another origin."""
+    directory = request.directory
+    others = [p for p in directory.glob("manifest*.json") if request.part is None or ".part-" not in p.name]
+    shards = [p for p in directory.iterdir() if p.suffix in (".npy", ".bin")]
+    alone = not any(directory.glob("manifest.part-*.json"))
+    if others or (shards and (request.part is None or alone)):
+        found = (others or shards)[0].name
+        raise UserError(f"{directory} holds {found}, which is of another origin; choose an empty directory with --out")
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Hold a lock as long as this process makes what the manifest `path` describes."""
+    lock = path.with_name(f".{path.name}.lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                yield  # a file system without locks
+                return
+            raise UserError(f"another process is at work in {path.parent}; wait for it, or end it") from error
+        yield
+
+
+def totals(manifest: Manifest) -> str:
+    """One line: tokens and documents of a data set."""
+    s = manifest.statistics()
+    return (
+        f"{s['train_tokens']:,} training and {s['val_tokens']:,} validation tokens, "
+        f"{s['documents']:,} documents in {len(manifest.shards)} shards"
+    )
+
+
+def reusable(directory: Path, source: dict[str, Any], tokenizer: str, suffix: str) -> Manifest | None:
+    """The manifest of a small data set that an earlier run of the same script finished; None where there is none.
+
+    Raises:
+        UserError: the directory holds another data set, or a damaged one.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.exists():
+        return None
+    manifest = load_manifest(path)
+    if not manifest.complete:
+        return None
+    same = manifest.source.get("description") == source["description"] and manifest.tokenizer["name"] == tokenizer
+    if not same or any(not entry.file.endswith(suffix) for entry in manifest.shards):
+        raise UserError(
+            f"{directory} holds another data set ({manifest.source.get('description')}); choose another --out"
+        )
+    for check in check_manifest(directory, manifest):
+        if check.problem:
+            raise UserError(f"{check.path}: {check.problem}; delete {directory} and make it again")
+    return manifest

@@ -1,0 +1,280 @@
+"""Files that have to be fetched before they are read: from the Hugging Face Hub, or decompressed.
+
+Fetching runs ahead of reading by a few files, so workers do not wait and the disk holds no more than
+those; a file goes when its last unit has been read. Every download is checked against the size and
+the SHA-256 that the Hub has on record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import glob
+import itertools
+import logging
+import os
+import random
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gpt2.errors import UserError
+from gpt2.prepare.documents import count_units
+from gpt2.prepare.sources import Source, SourceFile, decompress, kind_of, local_source
+from gpt2.tokens.shard_file import sha256_file
+
+_ATTEMPTS = 6
+RETRY_SECONDS = 1.0  # the first wait, on average; each is twice the one before
+_REMEDY = "check the network and run the same command again, or give local files with --source"
+
+
+def find_source(addresses: Sequence[str], recorded: dict[str, Any] | None) -> Source:
+    """The files that the user named: paths on this machine, or one address on the Hub.
+
+    Args:
+        addresses: paths, globs, or one of what `parse_hub` takes. What exists here is a path.
+        recorded: `source` of the manifest of an earlier run; spares the Hub the same question.
+    """
+    first = addresses[0]
+    here = not first.startswith("hf://") and (len(addresses) > 1 or bool(glob.glob(os.path.expanduser(first))))
+    if here or parse_hub(first) is None:
+        return local_source(addresses)
+    if len(addresses) > 1:
+        raise UserError("--source: one address on the Hub at a time; a glob may name many of its files")
+    return (hub_source_again(first, recorded) if recorded else None) or hub_source(first)
+
+
+def parse_hub(address: str) -> tuple[str, str | None, str] | None:
+    """(repository, revision, glob) of "OWNER/NAME" or "hf://datasets/OWNER/NAME[@REVISION][/PATH]"; None for others."""
+    match = re.fullmatch(r"(hf://datasets/)?(\w[\w.-]*/\w[\w.-]*)(?:@([^/]+))?(?:/(.+))?", address)
+    if match is None or (match[1] is None and (match[3] or match[4] or kind_of(match[2]))):
+        return None  # with no hf:// before it, anything longer, or named as a file, is a path
+    pattern = match[4] or "*"
+    if not re.search(r"[*?\[]", pattern) and kind_of(pattern) is None:
+        pattern = pattern.rstrip("/") + "/*"  # a folder
+    return match[2], match[3], pattern
+
+
+def hub_source(address: str) -> Source:
+    """Files of a data set on the Hub, pinned to the commit that its revision names now.
+
+    Args:
+        address: see `parse_hub`; "*" in its glob also matches "/".
+
+    Raises:
+        UserError: no network, no such repository, no file that matches.
+    """
+    from huggingface_hub import HfApi
+
+    parsed = parse_hub(address)
+    if parsed is None:
+        raise UserError(f"--source {address}: neither a file here nor OWNER/NAME on the Hugging Face Hub")
+    repo, revision, pattern = parsed
+
+    def listing() -> tuple[str, list[Any]]:
+        api = HfApi()
+        commit = str(api.dataset_info(repo, revision=revision).sha)
+        # List only the folder that the pattern begins with: a repository may hold 100,000 files.
+        folder = str(PurePosixPath(re.split(r"[*?\[]", pattern)[0] + "x").parent)
+        found = api.list_repo_tree(
+            repo, None if folder == "." else folder, recursive=True, revision=commit, repo_type="dataset"
+        )
+        return commit, [entry for entry in found if hasattr(entry, "size")]
+
+    commit, entries = _with_retries(listing, f"list the files of {repo} on the Hugging Face Hub")
+    files = []
+    for entry in sorted(entries, key=lambda e: str(e.path)):
+        kind = kind_of(entry.path)
+        if kind is not None and fnmatch.fnmatchcase(entry.path, pattern):
+            lfs = entry.lfs.sha256 if entry.lfs else None
+            identity = f"sha256:{lfs}" if lfs else f"git:{entry.blob_id}"
+            files.append(SourceFile(entry.path, entry.size, identity, *kind))
+    if not files:
+        raise UserError(f"{repo} at {commit[:12]} has no .parquet, .jsonl or .txt file that matches {pattern}")
+    return Source(_description(repo, revision, pattern), commit, tuple(files))
+
+
+def hub_source_again(address: str, recorded: dict[str, Any]) -> Source | None:
+    """The files that a manifest recorded for `address`, without asking the Hub: a commit never changes.
+
+    None where the manifest is of another source.
+    """
+    parsed = parse_hub(address)
+    if parsed is None or recorded.get("description") != _description(*parsed):
+        return None
+    files = []
+    for file in recorded["files"]:
+        kind = kind_of(file["name"]) or ("", "")
+        files.append(SourceFile(file["name"], file["size"], file["id"], *kind))
+    return Source(recorded["description"], recorded["revision"], tuple(files))
+
+
+def _description(repo: str, revision: str | None, pattern: str) -> str:
+    return f"hf://datasets/{repo}{'@' + revision if revision else ''}/{pattern}"
+
+
+class Fetcher:
+    """Makes files of a source readable, a few ahead of the reader. Use in a `with` block.
+
+    Args:
+        source: where the files are from.
+        scratch: directory for what is downloaded or decompressed.
+        keep: leave downloads there after use.
+        ahead: files fetched before they are asked for.
+    """
+
+    def __init__(self, source: Source, scratch: Path, keep: bool, ahead: int = 2) -> None:
+        self._source = source
+        self._scratch = scratch
+        self._keep = keep
+        self._ahead = ahead
+        self._fetched: dict[int, Future[tuple[Path, int]]] = {}
+
+    def __enter__(self) -> Fetcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # After a failure whole downloads stay, for the next run; what was decompressed is quickly made again.
+        if error[0] is None and not self._keep:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        for plain in self._scratch.glob("*.plain*"):
+            plain.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._scratch.rmdir()  # where nothing is left in it
+
+    def start(self, indices: Iterable[int]) -> None:
+        """Begin to fetch the first few files of `indices` that are not under way."""
+        for index in itertools.islice(indices, self._ahead):
+            if index not in self._fetched:
+                future: Future[tuple[Path, int]] = Future()
+                self._fetched[index] = future
+                # A daemon, not a pool's thread: the program must be able to end in the middle of a download.
+                threading.Thread(target=self._fulfil, args=(future, index), daemon=True).start()
+
+    def ready(self, index: int) -> bool:
+        """Whether `get` would return at once."""
+        return index in self._fetched and self._fetched[index].done()
+
+    def get(self, index: int) -> tuple[Path, int]:
+        """An uncompressed local file with the content of file `index`, and its number of units."""
+        self.start([index])
+        return self._fetched[index].result()
+
+    def release(self, index: int) -> None:
+        """File `index` is not needed any more."""
+        fetched = self._fetched.pop(index, None)
+        if fetched is not None:
+            path = fetched.result()[0]
+            if path != self._source.files[index].path and not self._keep:
+                path.unlink(missing_ok=True)
+
+    def _fulfil(self, future: Future[tuple[Path, int]], index: int) -> None:
+        try:
+            future.set_result(self._fetch(index))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _fetch(self, index: int) -> tuple[Path, int]:
+        file = self._source.files[index]
+        path = file.path or self._download(file)
+        if file.compression:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            plain = self._scratch / f"{index:06d}.plain"
+            decompress(path, plain)
+            if file.path is None and not self._keep:
+                path.unlink()
+            path = plain
+        return path, count_units(path, file.kind)
+
+    def _download(self, file: SourceFile) -> Path:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        repo, revision = (parse_hub(self._source.description) or ("",))[0], self._source.revision
+        cached = try_to_load_from_cache(repo, file.name, revision=revision, repo_type="dataset")
+        path = self._scratch / file.name
+        if isinstance(cached, str) and self._intact(file, Path(cached)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                path.symlink_to(Path(cached).absolute())  # `release` removes the link, not the file
+            return path
+        if path.exists() and self._intact(file, path):
+            return path  # kept from an earlier run
+
+        def fetch() -> None:
+            _quiet_hub()
+            hf_hub_download(
+                repo,
+                file.name,
+                repo_type="dataset",
+                revision=revision,
+                local_dir=self._scratch,
+            )
+            if not self._intact(file, path):
+                path.unlink()
+                raise OSError(f"{file.name} arrived damaged")
+
+        _with_retries(fetch, f"download {file.name} of {repo}")
+        return path
+
+    @staticmethod
+    def _intact(file: SourceFile, path: Path) -> bool:
+        if path.stat().st_size != file.size:
+            return False
+        kind, _, digest = file.identity.partition(":")
+        return kind != "sha256" or sha256_file(path) == digest
+
+
+def _quiet_hub() -> None:
+    """Keep the Hub's own bars and warnings off a console that shows ours."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _with_retries(action: Callable[[], Any], purpose: str) -> Any:
+    """Do `action`, again after a growing wait where the network or the Hub failed, then give up."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    for attempt in range(_ATTEMPTS):
+        try:
+            return action()
+        except OfflineModeIsEnabled as error:
+            raise UserError(f"cannot {purpose}: HF_HUB_OFFLINE is set; {_REMEDY}") from error
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+            raise UserError(f"cannot {purpose}: it does not exist, or needs a token (set HF_TOKEN)") from error
+        except Exception as error:
+            if not _is_networks(error):
+                raise
+            failure = error
+        reason = str(failure).strip().split("\n")[0][:200] or type(failure).__name__
+        status = getattr(getattr(failure, "response", None), "status_code", 500)
+        if isinstance(failure, HfHubHTTPError) and status < 500 and status not in (408, 429):
+            break  # what the Hub refuses now it will refuse again
+        if attempt + 1 < _ATTEMPTS:
+            wait = RETRY_SECONDS * 2**attempt * (0.5 + random.random())
+            print(f"could not {purpose} ({reason}); trying again in {wait:.0f} s", file=sys.stderr)
+            time.sleep(wait)
+    raise UserError(f"cannot {purpose} ({reason}); {_REMEDY}") from failure
+
+
+def _is_networks(error: Exception) -> bool:
+    """Whether an error is of the network or the Hub, not of the disk or the program."""
+    if isinstance(error, OSError):
+        disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+        return not disk and error.filename is None
+    # httpx's errors are no OSError, and of a class that changed from one version of the Hub's library to the next.
+    return type(error).__module__.startswith(("httpx", "requests", "urllib3", "hf_xet"))

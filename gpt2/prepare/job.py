@@ -1,0 +1,158 @@
+"""What a user asks of a tokenization, the manifest it begins with, and whether an earlier one was asked the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gpt2.errors import UserError
+from gpt2.prepare.documents import count_documents
+from gpt2.prepare.download import Fetcher
+from gpt2.prepare.sources import Source
+from gpt2.prepare.workers import Part, Units, Workers, characters_of_unit
+from gpt2.tokens.manifest import MANIFEST_NAME, Manifest, Position, describe_tokenizer
+from gpt2.tokens.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
+from gpt2.tokens.verify import part_manifest_name
+
+_SMALL_SHARDS = 10  # a corpus of fewer shards gives 5 % of its documents, not a shard, to validation
+_SMALL_PERCENT = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made.
+
+    Attributes:
+        directory: of the shards.
+        name: prefix of their names.
+        source: the text.
+        tokenizer: "gpt2" or "char".
+        suffix: ".npy" or ".bin".
+        shard_tokens: tokens a training shard.
+        val_tokens: tokens of validation at least, by whole documents; None: see `_validation`.
+        max_tokens: of all shards together; None for no limit.
+        workers: processes.
+        part: None for the whole source.
+        keep_downloads: leave fetched files in the scratch directory.
+    """
+
+    directory: Path
+    name: str
+    source: Source
+    tokenizer: str
+    suffix: str
+    shard_tokens: int
+    val_tokens: int | None
+    max_tokens: int | None
+    workers: int
+    part: Part | None
+    keep_downloads: bool = False
+
+    @property
+    def manifest_path(self) -> Path:
+        """The manifest of what this request makes."""
+        return manifest_path(self.directory, self.part)
+
+    def options(self) -> dict[str, Any]:
+        """What decides the shards' bytes beside source and tokenizer."""
+        return {
+            "suffix": self.suffix,
+            "shard_tokens": self.shard_tokens,
+            "val_tokens": self.val_tokens,
+            "max_tokens": self.max_tokens,
+        }
+
+
+def manifest_path(directory: Path, part: Part | None) -> Path:
+    """Where the manifest of a data set, or of one part of it, is."""
+    return directory / (MANIFEST_NAME if part is None else part_manifest_name(part.number, part.of))
+
+
+def new_manifest(request: Request, fetcher: Fetcher, say: Callable[[str], None]) -> Manifest:
+    """The manifest of a data set of which nothing is made."""
+    validation = _validation(request, fetcher)
+    tokenizer: Tokenizer = gpt2_tokenizer() if request.tokenizer == "gpt2" else _characters(request, fetcher, say)
+    described, dtype = describe_tokenizer(tokenizer)
+    return Manifest(
+        name=request.name,
+        complete=False,
+        source=request.source.to_dict(),
+        tokenizer=described,
+        dtype=dtype,
+        options={**request.options(), "validation": validation},
+        part=(request.part.number, request.part.of) if request.part is not None else None,
+    )
+
+
+def _validation(request: Request, fetcher: Fetcher) -> dict[str, int]:
+    """How much of the source's beginning is for validation: {"tokens": n} or {"documents": n}.
+
+    What was asked for; else one shard; else, of a corpus that its files' sizes show to be smaller than ten shards,
+    5 % of its documents, or of `max_tokens`.
+    """
+    if request.val_tokens is not None:
+        return {"tokens": request.val_tokens}
+    expected = sum(file.estimated_tokens() for file in request.source.files)
+    if min(expected, request.max_tokens or expected) >= _SMALL_SHARDS * request.shard_tokens:
+        return {"tokens": request.shard_tokens}
+    if request.max_tokens is not None and request.max_tokens < expected:
+        return {"tokens": max(1, request.max_tokens * _SMALL_PERCENT // 100)}
+    documents = 0
+    for number, file in enumerate(request.source.files):
+        fetcher.start(range(number, len(request.source.files)))
+        documents += count_documents(fetcher.get(number)[0], file.kind)
+    if documents < 2:
+        raise UserError(
+            f"the source holds {documents} document(s), of which none can be set aside for validation; a plain-text "
+            "file is one document, so cut it into several files, or give JSON lines with one document each"
+        )
+    return {"documents": max(1, round(documents * _SMALL_PERCENT / 100))}
+
+
+def _characters(request: Request, fetcher: Fetcher, say: Callable[[str], None]) -> CharTokenizer:
+    """The vocabulary of all characters of the source, read once for the purpose."""
+    if request.part is not None:
+        raise UserError("--part with --tokenizer char: parts would not know each other's characters; make it in one")
+    characters: set[str] = set()
+    with Workers(request.workers, None) as workers:
+        units = Units(request.source, Part(), fetcher, Position())
+        for unit, found in workers.run(units, characters_of_unit):
+            characters |= found
+            if unit.last:
+                fetcher.release(unit.place.file)
+    if not characters:
+        raise UserError("the source holds no text; look at its files and their 'text' columns")
+    say(f"{len(characters):,} distinct characters")
+    return CharTokenizer("".join(sorted(characters)))
+
+
+def continued_manifest(request: Request, manifest: Manifest) -> Manifest:
+    """The manifest of an earlier run of the same request. UserError naming what differs."""
+    old = {k: v for k, v in manifest.options.items() if k != "validation"}
+    now: dict[str, Any] = request.options()
+    differences = [f"{k} was {old.get(k)}, now {now[k]}" for k in now if old.get(k) != now[k]]
+    if manifest.name != request.name:
+        differences.append(f"name was {manifest.name}, now {request.name}")
+    if manifest.tokenizer["name"] != request.tokenizer:
+        differences.append(f"tokenizer was {manifest.tokenizer['name']}, now {request.tokenizer}")
+    source = request.source.to_dict()
+    differences += [
+        f"{k} was {manifest.source.get(k)}, now {source[k]}"
+        for k in ("description", "revision")
+        if manifest.source.get(k) != source[k]
+    ]
+    before = {file["name"]: file for file in manifest.source.get("files", [])}
+    after = {file["name"]: file for file in source["files"]}
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name) and (name != manifest.failed_file or name not in after):
+            change = "is gone" if name not in after else "is new" if name not in before else "has changed"
+            differences.append(f"source file {name} {change}")
+    if differences:
+        more = f", and {len(differences) - 5} more differences" if len(differences) > 5 else ""
+        raise UserError(
+            f"{request.directory} was begun otherwise: {'; '.join(differences[:5])}{more}; run it as it was begun, "
+            "or choose another --out"
+        )
+    return replace(manifest, source=source, failed_file=None)

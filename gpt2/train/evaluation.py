@@ -1,0 +1,135 @@
+"""What a run evaluates now and then: validation loss, HellaSwag, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from gpt2.config import Config
+from gpt2.distributed.world import World
+from gpt2.errors import UserError
+from gpt2.generation.generate import generate
+from gpt2.hellaswag.download import load_examples
+from gpt2.hellaswag.examples import Example, spread
+from gpt2.hellaswag.score import evaluate as evaluate_hellaswag
+from gpt2.metrics.recorder import Metrics
+from gpt2.model.gpt import GPT
+from gpt2.precision import autocast
+from gpt2.tokens.loader import Blocks
+from gpt2.tokens.tokenizer import Tokenizer
+from gpt2.train.validation import count_val_blocks, validation_loss
+
+
+class Evaluator:
+    """Evaluates the model a run trains; every process has one.
+
+    Args:
+        config: of the run.
+        model: as `parallelize` left it.
+        world: the run's processes.
+        dtype: of `gpt2.precision.resolve_dtype`.
+        val_blocks: the validation split.
+        tokenizer: of the data.
+        say: prints a line, on rank 0 alone.
+
+    Raises:
+        UserError: the HellaSwag file that was asked for can't be read, in every process.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: GPT,
+        world: World,
+        dtype: str,
+        val_blocks: Blocks,
+        tokenizer: Tokenizer,
+        say: Callable[[str], None],
+    ):
+        self.config, self.model, self.world, self.dtype = config, model, world, dtype
+        self.val_blocks, self.tokenizer = val_blocks, tokenizer
+        self.examples = self._load_examples(say)
+
+    def _load_examples(self, say: Callable[[str], None]) -> tuple[Example, ...]:
+        """HellaSwag's examples; none if they are not wanted or not to be had."""
+        settings = self.config.run
+        if settings.hellaswag_limit == 0 or settings.eval_every == 0:
+            return ()
+        if self.tokenizer.name != "gpt2":
+            say(f"HellaSwag is left out: it needs GPT-2's tokens, and these are of {self.tokenizer.name!r}")
+            return ()
+        try:
+            return spread(load_examples(settings.hellaswag_data, world=self.world), settings.hellaswag_limit)
+        except UserError as error:
+            if settings.hellaswag_data is not None:
+                raise
+            say(f"HellaSwag is left out: {error}")
+            return ()
+
+    @torch.no_grad()
+    def evaluate(self, step: int, metrics: Metrics | None) -> float:
+        """Evaluate the model as it is now; all processes together.
+
+        Args:
+            step: steps finished.
+            metrics: rank 0's; None elsewhere.
+
+        Returns:
+            Validation loss, nats a token, the same in every process.
+        """
+        data = self.config.data
+        loss = validation_loss(
+            self.model,
+            self.val_blocks,
+            data.val_tokens,
+            data.micro_batch_size,
+            self.world,
+            partial(autocast, self.world.device, self.dtype),
+        )
+        if metrics is not None:
+            val_tokens = count_val_blocks(self.val_blocks, data.val_tokens) * self.val_blocks.block_size
+            metrics.val(step, loss, val_tokens)
+        if self.examples:
+            self._score_hellaswag(step, metrics)
+        sharded = isinstance(self.model, FSDPModule)
+        if self.config.run.num_samples and (self.world.is_main or sharded):
+            self._draw_samples(step, metrics)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # evaluation gathered weights that the next update makes stale
+        return loss
+
+    def _score_hellaswag(self, step: int, metrics: Metrics | None) -> None:
+        """Score HellaSwag's examples; a model without finite scores is only told."""
+        dtype = torch.bfloat16 if self.dtype == "bf16" else torch.float32
+        try:
+            result = evaluate_hellaswag(self.model, self.examples, self.tokenizer, world=self.world, dtype=dtype)
+        except UserError as error:  # the same in every process
+            if metrics is not None:
+                metrics.message(f"HellaSwag is left out at step {step}: {error}")
+            return
+        if metrics is not None:
+            metrics.hellaswag(step, result)
+
+    def _draw_samples(self, step: int, metrics: Metrics | None) -> None:
+        """Sample texts; a model that can't is only told, as rank 0 may be alone here."""
+        settings = self.config.run
+        try:
+            with autocast(self.world.device, self.dtype):
+                texts = generate(
+                    self.model,
+                    [self.tokenizer.encode(settings.sample_prompt)] * settings.num_samples,
+                    max_new_tokens=settings.sample_tokens,
+                    top_k=50,
+                    eot_token=self.tokenizer.eot_token,
+                    seed=settings.seed,
+                )
+        except UserError as error:
+            if metrics is not None:
+                metrics.message(f"no samples at step {step}: {error}")
+            return
+        if metrics is not None:
+            for text in texts:
+                metrics.sample(step, settings.sample_prompt, self.tokenizer.decode(text))

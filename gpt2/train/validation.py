@@ -1,0 +1,65 @@
+"""Validation loss over a fixed number of tokens: the same number for any machine, world size and micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gpt2.distributed.world import World
+from gpt2.model.attention import training_backends
+from gpt2.model.loss import IGNORE
+from gpt2.tokens.loader import Blocks, on_host, to_device
+
+
+def count_val_blocks(blocks: Blocks, val_tokens: int) -> int:
+    """Blocks that make up the first `val_tokens` tokens of the split, or all of them, and at least one."""
+    return min(max(val_tokens // blocks.block_size, 1), blocks.count)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module,
+    blocks: Blocks,
+    val_tokens: int,
+    micro_batch_size: int,
+    world: World,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> float:
+    """Mean negative log-likelihood a token, in nats, over the first `val_tokens` tokens of the validation split.
+
+    Every process takes the same number of equal micro-batches, filled up with positions that do not count, so shapes
+    are static and collectives inside the model pair up.
+
+    Args:
+        model: GPT or its wrapper: (tokens, targets) to the sum of the losses.
+        blocks: the validation split.
+        val_tokens: how many; of `count_val_blocks`.
+        micro_batch_size: sequences a forward pass.
+        world: the processes that share the work.
+        autocast: makes the precision context the run trains under.
+
+    Raises:
+        UserError: the tokens can't be read, in every process.
+    """
+    count = count_val_blocks(blocks, val_tokens)
+    stride = micro_batch_size * world.size
+    total = torch.zeros((), device=world.device, dtype=torch.float32 if world.device.type == "mps" else torch.float64)
+    rows = np.arange(-(-count // stride) * stride).reshape(-1, world.size, micro_batch_size)
+    mine = rows[:, world.rank]  # (batches, B)
+    # Read in one go, so that a shard one process can't read stops all of them here and not within the model.
+    read = world.agree(lambda: blocks.read(np.minimum(mine.reshape(-1), count - 1)))
+    was_training = model.training
+    model.eval()
+    for numbers, ids in zip(mine, read.reshape(*mine.shape, -1), strict=True):
+        tokens = to_device(on_host(ids, world.device), world.device)
+        padding = torch.from_numpy(numbers >= count).to(world.device)  # (B,)
+        targets = tokens[:, 1:].masked_fill(padding[:, None], IGNORE)
+        with autocast(), training_backends(world.device):
+            loss: Tensor = model(tokens[:, :-1], targets)
+        total += loss
+    model.train(was_training)
+    return world.sum_(total).item() / (count * blocks.block_size)

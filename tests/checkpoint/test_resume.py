@@ -1,0 +1,100 @@
+"""Which settings may change within a run; how a run starts is test_train_resume.py's matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from gpt2.checkpoint.resume import CHANGEABLE, FIXED, check_config_change, write_config
+from gpt2.config import Config
+from gpt2.errors import UserError
+
+
+def changed(name: str) -> Config:
+    """The default configuration with one setting at another value that is valid by itself."""
+    part, field = name.split(".")
+    config = Config()
+    old = getattr(getattr(config, part), field)
+    new = {
+        "model.n_head": 6,
+        "model.n_kv_head": 1,
+        "model.position": "rope",
+        "model.full_attention_every": None,
+        "model.window": 7,
+        "model.activation": "relu",
+        "model.norm": "rmsnorm",
+        "model.norm_position": "post",
+        "model.logit_softcap": 3.0,
+        "model.n_embd": 12,
+        "model.block_size": 512,
+        "data.total_batch_tokens": 1024,
+        "optim.optimizer": "muon",
+        "optim.schedule": "wsd",
+        "run.dtype": "fp32",
+        "run.parallel": "fsdp",
+        "run.on_nonfinite": "skip",
+        "run.wandb": "offline",
+        "run.hellaswag_data": Path("x"),
+        "run.plot_schedule": Path("x"),
+        "run.resume": "never",
+        "run.init_from": "gpt2",
+        "run.device": "cpu",
+    }.get(name)
+    if new is None:
+        if isinstance(old, bool):
+            new = not old
+        elif isinstance(old, float):
+            new = old / 2 if old else 0.5
+        elif isinstance(old, int):
+            new = old + 1
+        elif isinstance(old, str):
+            new = old + "x"
+        elif isinstance(old, Path):
+            new = old / "x"
+        else:
+            new = 3
+    return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{field: new})})
+
+
+NAMES = [
+    f"{part.name}.{field.name}"
+    for part in dataclasses.fields(Config)
+    for field in dataclasses.fields(getattr(Config(), part.name))
+    if field.name != "full_attention_every"  # only valid with a window
+]
+
+
+def test_the_lists_name_settings_that_exist() -> None:
+    assert set(NAMES) >= CHANGEABLE | FIXED
+    assert not CHANGEABLE & FIXED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_setting(name: str) -> None:
+    old, new = Config(), changed(name)
+    assert old != new
+    allowed = dataclasses.replace(new, run=dataclasses.replace(new.run, allow_config_change=True))
+    where = Path("runs/x")
+    field = re.escape(name.split(".")[1])
+    if name in FIXED or (name.startswith("model.") and name != "model.dropout"):
+        for config in (new, allowed):
+            with pytest.raises(UserError, match=f"{field} .* → .*; choose another --run for these"):
+                check_config_change(old, config, where)
+    elif name in CHANGEABLE or name.startswith("optim."):
+        with pytest.raises(UserError, match=f"{field} .* → .*--allow-config-change"):
+            check_config_change(old, new, where)
+        check_config_change(old, allowed, where)
+    else:
+        check_config_change(old, new, where)
+    check_config_change(new, new, where)
+
+
+def test_a_configuration_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for config in (Config(), changed("run.seed")):
+        write_config(config, path)
+        assert Config.load(path) == config
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -1,0 +1,287 @@
+"""`data/fineweb.py` as a user runs it: killed and continued, verified, in parts, with wrong arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from repository import ROOT
+
+from gpt2.tokens.dataset import open_dataset
+from gpt2.tokens.manifest import MANIFEST_NAME, load_manifest
+from gpt2.tokens.tokenizer import gpt2_tokenizer
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+SCRIPT = ROOT / "data" / "fineweb.py"
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: object, script: Path = SCRIPT) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(script), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # A shell's background job, as these tests may be one, hands on an interrupt that is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def run(*arguments: object, script: Path = SCRIPT) -> tuple[int, str, str]:
+    process = start(*arguments, script=script)
+    out, error = process.communicate(timeout=120)
+    return process.returncode, out, error
+
+
+def write_source(directory: Path, count: int) -> tuple[Path, list[str]]:
+    """Two files; `count` documents of English-like text, in row groups of 40."""
+    generator = random.Random(0)
+    words = gpt2_tokenizer().decode(list(range(1000, 3000))).split()
+    texts = [" ".join(generator.choices(words, k=generator.randint(1, 400))) for _ in range(count)]
+    directory.mkdir()
+    for name, half in (("a", texts[: count // 2]), ("b", texts[count // 2 :])):
+        pq.write_table(pa.table({"text": half}), directory / f"{name}.parquet", row_group_size=40)
+    return directory, texts
+
+
+def stream(texts: list[str]) -> np.ndarray:
+    return np.array([t for text in texts for t in (50256, *gpt2_tokenizer().encode(text))], np.uint16)
+
+
+def shard_files(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.glob("*.npy")}
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent is `pid`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="counts worker processes in /proc")
+def test_killed_ten_times_at_random_and_continued(tmp_path):
+    """kill -9 anywhere, each time continued with another number of workers: the shards are an unkilled run's."""
+    source, texts = write_source(tmp_path / "source", 3000)
+    whole = stream(texts)
+    out = tmp_path / "out"
+    command = ["--source", source, "--out", out, "--shard-tokens", 8000, "--val-tokens", 5000]
+    generator = random.Random()
+    seed = generator.randrange(10**6)
+    generator.seed(seed)
+    orphans: list[int] = []
+    killed = 0
+    while killed < 10:
+        before = len(list(out.glob("*.npy")))
+        process = start(*command, "--workers", 1 + killed % 3)
+        more = generator.choice((0, 1, 1, 2, 4))  # shards to wait for before the kill; with 0, start-up is hit
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("*.npy"))) < before + more and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(generator.random() * (0.02 if more else 0.7))
+        orphans += children(process.pid)
+        finished = process.poll() is not None
+        process.send_signal(signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+        killed += 1
+        assert not finished, f"seed {seed}: it ended before kill {killed}: {error}"
+    code, printed, error = run(*command, "--workers", 2)
+    assert code == 0, error
+    files = shard_files(out)
+    dataset = open_dataset(out)
+    assert np.array_equal(dataset.val.read(0, len(dataset.val)), whole[: len(dataset.val)]), f"seed {seed}"
+    assert np.array_equal(dataset.train.read(0, len(dataset.train)), whole[len(dataset.val) :]), f"seed {seed}"
+    assert len(files) > 60
+    assert not list(out.glob(".*.tmp"))
+    # To the byte, with the manifest, what three workers write without being killed.
+    other = tmp_path / "unkilled"
+    assert run(*command[:3], other, *command[4:], "--workers", 3)[0] == 0
+    assert shard_files(other) == files
+    mine, theirs = (json.loads((d / MANIFEST_NAME).read_text()) for d in (out, other))
+    for manifest in (mine, theirs):
+        del manifest["seconds"], manifest["statistics"]["tokens_per_second"]
+    assert mine == theirs
+    deadline = time.monotonic() + 10
+    while any(map(alive, orphans)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert orphans
+    assert not [pid for pid in orphans if alive(pid)], "workers outlived their parent"
+    assert f"{dataset.manifest.statistics()['tokens']:,}" in printed
+
+
+def test_interrupt_ends_it_and_it_continues(tmp_path):
+    source, texts = write_source(tmp_path / "source", 1500)
+    command = ["--source", source, "--out", tmp_path / "out", "--shard-tokens", 4000, "--val-tokens", 5000]
+    process = start(*command, "--workers", 1)
+    while not list((tmp_path / "out").glob("*_000002.npy")) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    printed, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "the same command continues" in printed
+    assert run(*command)[0] == 0
+    assert len(open_dataset(tmp_path / "out").train) + len(open_dataset(tmp_path / "out").val) == len(stream(texts))
+
+
+def test_a_users_session(tmp_path):
+    """Make, make again, verify, damage, verify, repair, change an option, plot."""
+    source, _ = write_source(tmp_path / "source", 400)
+    out = tmp_path / "out"
+    command = ["--source", f"{source}/*.parquet", "--out", out, "--shard-tokens", "10k", "--workers", 1]
+    code, printed, error = run(*command, "--plot")
+    assert (code, error) == (0, "")
+    assert "tokenizing in 1 process\n" in printed
+    for expected in ("documents            400", "bytes per token", "tokens per second", "p50", "document_lengths.png"):
+        assert expected in printed
+    assert (out / "document_lengths.png").read_bytes()[:4] == b"\x89PNG"
+    code, printed, error = run("verify", out)
+    assert (code, error) == (0, "")
+    assert printed.count(" ok\n") == len(shard_files(out))
+    victim = out / load_manifest(out / MANIFEST_NAME).shards[3].file
+    good = victim.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 4
+    victim.write_bytes(flipped)
+    code, printed, error = run("verify", out)
+    assert code == 1
+    assert f"the first is {victim}" in error
+    assert "checksum differs" in next(line for line in printed.splitlines() if line.startswith(victim.name))
+    code, printed, error = run(*command)
+    assert code == 0
+    assert f"{victim.name} is missing or damaged" in printed
+    assert victim.read_bytes() == good
+    code, _, error = run(*command, "--max-tokens", "1M")
+    assert code == 2
+    assert "max_tokens was None, now 1000000" in error
+    assert error.count("\n") == 1
+
+
+def test_verify_of_peers_and_unfinished_directories(tmp_path):
+    for name in ("edufineweb_val_000000", "edufineweb_train_000001"):
+        np.save(tmp_path / f"{name}.npy", np.array([50256, 1, 2], np.uint16))
+    assert run("verify", tmp_path)[0] == 0
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.array([50256, 1, 50300], np.uint16))
+    code, printed, error = run("verify", tmp_path)
+    assert code == 1
+    assert "holds id 50300" in printed
+    assert "edufineweb_train_000001.npy" in error
+    code, _, error = run("verify", tmp_path / "nowhere")
+    assert (code, error) == (2, f"error: {tmp_path / 'nowhere'} is not a directory\n")
+
+
+def test_slurm_array_makes_parts_and_merges(tmp_path):
+    """The script as Slurm runs it, task by task, the last one first."""
+    source, texts = write_source(tmp_path / "source", 400)
+    out = tmp_path / "out"
+    script = ROOT / "scripts" / "tokenize_slurm.sh"
+    copy = tmp_path / "slurm_script"  # sbatch runs a copy
+    shutil.copy(script, copy)
+    command = [
+        "bash",
+        str(copy),
+        "--source",
+        str(source),
+        "--out",
+        str(out),
+        "--shard-tokens",
+        "9k",
+        "--val-tokens",
+        "5k",
+    ]
+    for task in (2, 1):
+        assert not (out / MANIFEST_NAME).exists()
+        variables = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_CPUS_PER_TASK": "1"}
+        variables |= {"SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": sys.executable}
+        done = subprocess.run(command, env={**ENVIRONMENT, **variables}, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    dataset = open_dataset(out)
+    tokens = [dataset.val.read(0, len(dataset.val)), dataset.train.read(0, len(dataset.train))]
+    assert np.array_equal(np.concatenate(tokens), stream(texts))
+    assert any("_p0002_" in path.name for path in dataset.train.paths)
+    assert run("verify", out)[0] == 0
+    bad = subprocess.run(["bash", str(copy)], env={**ENVIRONMENT, **variables}, capture_output=True, text=True)
+    assert bad.returncode != 0
+    assert "give --out DIR" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "nowhere/*.parquet", "--out", "x"], "no such file, directory or pattern"),
+        (["--source", "a.parquet"], "--source needs --out DIR"),
+        (["--shard-tokens", "0"], "is not a positive number"),
+        (["--shard-tokens", "-5"], "is not a positive number"),
+        (["--part", "3/2"], "is not I/N"),
+        (["--size", "20B"], "invalid choice"),
+        (["merge", "."], "holds no manifest.part"),
+        (["--out", "OUT"], "HF_HUB_OFFLINE is set"),
+        (["--source", "owner/name", "hf://datasets/a/b", "--out", "OUT"], "no such file, directory or pattern"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(arguments, message, tmp_path):
+    code, _, error = run(*[str(tmp_path / "out") if a == "OUT" else a for a in arguments])
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_quick_and_complete():
+    code, printed, _ = run("--help")
+    assert code == 0
+    for flag in ("dataset", "size", "source", "out", "shard-tokens", "val-tokens", "max-tokens", "workers", "format"):
+        assert f"--{flag}" in printed
+    for flag in ("tokenizer", "part", "plot", "keep-downloads"):
+        assert f"--{flag}" in printed
+    assert "verify DIR" in printed
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="mounts a small file system")
+def test_full_disk(tmp_path):
+    """A file system of 1 MB: one line, finished shards kept, and it continues when there is room."""
+    source, texts = write_source(tmp_path / "source", 3000)
+    out = tmp_path / "out"
+    out.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(out)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    command = ["--source", source, "--out", out, "--shard-tokens", 50000, "--val-tokens", 5000, "--workers", 1]
+    try:
+        code, _, error = run(*command)
+        assert code == 2
+        assert error.startswith("error: disk full")
+        assert error.count("\n") == 1
+        kept = shard_files(out)
+        assert kept
+        assert not list(out.glob(".*.npy.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=20M", str(out)], check=True)
+        assert run(*command)[0] == 0
+        assert kept.items() <= shard_files(out).items()
+        assert len(open_dataset(out).train) + len(open_dataset(out).val) == len(stream(texts))
+    finally:
+        subprocess.run(["umount", str(out)], check=True)

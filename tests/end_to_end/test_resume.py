@@ -1,0 +1,264 @@
+"""Resuming: bit for bit what not stopping would have given, and refused where it could not be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_runs import ALONE, assert_same_bits, losses, records, saved, small, train
+
+from gpt2.checkpoint.directory import list_checkpoints
+from gpt2.errors import UserError
+from gpt2.tokens.dataset import open_dataset, write_dataset
+from gpt2.train.divergence import StopSignals, lock_run
+from train_gpt2 import Run
+
+EPOCH_STEP = 26  # 203 blocks, 8 a step: the 26th step spans the first epoch's end
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_once_and_twice_across_an_epochs_end_with_dropout(char_data: Path, tmp_path: Path, optimizer: str) -> None:
+    settings = {"dropout": 0.1, "optimizer": optimizer, "spike_zscore": 50.0, "eval_every": 7}
+    whole = small(char_data, tmp_path / "whole", **settings)
+    train(whole)
+    stops = {"once": [11], "twice": [11, EPOCH_STEP - 1]} if optimizer == "adamw" else {"twice": [11, EPOCH_STEP]}
+    for name, steps in stops.items():
+        config = small(char_data, tmp_path / name, **settings)
+        for step in steps:
+            assert step <= train(config, stop_after=step).step <= step + 1  # who reads late stops late
+        train(config)
+        assert_same_bits(saved(tmp_path / "whole", 30), saved(tmp_path / name, 30))
+        assert losses(tmp_path / name) == losses(tmp_path / "whole")
+        final = [
+            json.loads((tmp_path / n / "checkpoints/step_00000030/training.json").read_text()) for n in (name, "whole")
+        ]
+        assert final[0]["guard"] == final[1]["guard"]
+        assert final[0]["guard"][0] == 30
+        assert final[0]["sample"] == final[1]["sample"] == 240
+
+
+def test_dropout_is_drawn_anew_in_every_step(char_data: Path, tmp_path: Path) -> None:
+    # Else the test above would pass with a dropout that is always the same. All blocks are alike here.
+    tokenizer = open_dataset(char_data).tokenizer()
+    write_dataset(tmp_path / "same", np.zeros(2000, int), np.zeros(200, int), tokenizer)
+    for name, seed in (("a", 1), ("b", 2)):
+        train(small(tmp_path / "same", tmp_path / name, dropout=0.5, max_steps=3, learning_rate=1e-12, seed=seed))
+    assert len({*losses(tmp_path / "a").values(), *losses(tmp_path / "b").values()}) == 6
+    train(small(tmp_path / "same", tmp_path / "c", max_steps=3, learning_rate=1e-12))
+    assert len({round(loss, 6) for loss in losses(tmp_path / "c").values()}) == 1
+
+
+def test_the_epochs_end_is_reported(char_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(small(char_data, tmp_path, max_steps=52))
+    out = capsys.readouterr().out
+    assert "epoch 1 ended in step 26: each of 203 sequences was read once" in out
+    assert "epoch 2 ended in step 51" in out
+    assert "epoch 3" not in out
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_set_aside(
+    char_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(char_data, tmp_path / "run", checkpoint_every=10)
+    train(config)
+    reference = saved(tmp_path / "run", 30)
+    newest = tmp_path / "run/checkpoints/step_00000030"
+    content = bytearray((newest / "optimizer.safetensors").read_bytes())
+    content[-5] ^= 1
+    (newest / "optimizer.safetensors").write_bytes(content)
+    train(config)
+    out = capsys.readouterr().out
+    assert "passing over a damaged checkpoint" in out
+    assert "optimizer.safetensors is not what was written" in out
+    assert "going on at step 20" in out
+    assert_same_bits(reference, saved(tmp_path / "run", 30))
+    assert (tmp_path / "run/checkpoints/superseded_step_00000030").is_dir()
+
+
+def test_every_checkpoint_damaged(char_data: Path, tmp_path: Path) -> None:
+    config = small(char_data, tmp_path, checkpoint_every=15)
+    train(config)
+    for path in list_checkpoints(tmp_path / "checkpoints"):
+        (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        train(config)
+
+
+def test_a_finished_run_does_nothing_more(char_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small(char_data, tmp_path, max_steps=3)
+    train(config)
+    before = saved(tmp_path, 3)
+    assert train(config).step == 3
+    assert "the run is finished: 3 of 3 steps are done" in capsys.readouterr().out
+    assert_same_bits(before, saved(tmp_path, 3))
+
+
+def test_fewer_steps_than_are_done_are_refused_and_nothing_is_written(char_data: Path, tmp_path: Path) -> None:
+    train(small(char_data, tmp_path, max_steps=6))
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"step_00000006 is at step 6, past --max-steps 2; give 6 or more"):
+        train(small(char_data, tmp_path, max_steps=2, allow_config_change=True))
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_going_back_to_an_older_checkpoint_and_on_from_there(char_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = small(char_data, run, checkpoint_every=10)
+    train(config)
+    reference = saved(run, 30)
+    back = small(char_data, run, checkpoint_every=10, resume=str(run / "checkpoints/step_00000010"))
+    train(back, stop_after=13)
+    # What the next start is told is auto: it must go on from 13, not from the 20 or 30 that were left behind.
+    assert (run / "checkpoints/latest").read_text().strip() == "step_00000013"
+    assert json.loads((run / "config.json").read_text())["run"]["resume"] == "auto"
+    assert train(config, stop_after=17).step == 17
+    assert [line["step"] for line in records(run)][-4:] == [14, 15, 16, 17]
+    train(config)
+    assert_same_bits(reference, saved(run, 30))
+    assert {path.name for path in (run / "checkpoints").glob("superseded*")} == {
+        "superseded_step_00000020",
+        "superseded_step_00000030",
+    }
+
+
+def test_torchruns_restart_goes_on_whatever_the_words_say(
+    char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train(small(char_data, run, checkpoint_every=10, max_steps=30), stop_after=25)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for resume in ("never", str(run / "checkpoints/step_00000010")):
+        started = Run(small(char_data, run, checkpoint_every=10, resume=resume), ALONE, StopSignals())
+        started.close("stopped")
+        started.lock.close()
+        assert started.step == 25
+
+
+def test_from_a_checkpoint_of_another_run(char_data: Path, tmp_path: Path) -> None:
+    train(small(char_data, tmp_path / "a", checkpoint_every=10))
+    start = tmp_path / "a/checkpoints/step_00000010"
+    config = small(char_data, tmp_path / "b", resume=str(start))
+    assert train(config, stop_after=12).step == 12
+    train(config)  # its own checkpoint now counts
+    assert [line["step"] for line in records(tmp_path / "b")] == list(range(11, 31))
+    assert_same_bits(saved(tmp_path / "a", 30), saved(tmp_path / "b", 30))
+    assert not list((tmp_path / "a/checkpoints").glob("superseded*"))
+    for path in (tmp_path / "a/checkpoints/step_00000030", tmp_path / "b/checkpoints/step_00000013"):
+        with pytest.raises(UserError, match=r"is none of them|is not a checkpoint of a run"):  # a wrong word, say
+            train(small(char_data, tmp_path / "b", resume=str(path)))
+
+
+def test_never(char_data: Path, tmp_path: Path) -> None:
+    config = small(char_data, tmp_path, max_steps=2, resume="never")
+    train(config)
+    with pytest.raises(UserError, match="--resume never would write over it"):
+        train(config)
+
+
+def test_changed_settings(char_data: Path, tmp_path: Path) -> None:
+    train(small(char_data, tmp_path, max_steps=20), stop_after=10)
+    stored = (tmp_path / "config.json").read_bytes()
+    for changes, words in [
+        ({"n_embd": 64}, "n_embd 32 → 64; choose another --run for these"),
+        ({"seed": 1}, "seed 1337 → 1; choose another --run for these"),
+        ({"learning_rate": 0.5}, "learning_rate 0.01 → 0.5; .*--allow-config-change"),
+        ({"total_batch_tokens": 1024}, "total_batch_tokens 512 → 1024; .*--allow-config-change"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            train(small(char_data, tmp_path, max_steps=20, **changes))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="n_embd"):  # not even when it is allowed
+        train(small(char_data, tmp_path, max_steps=20, n_embd=64, allow_config_change=True))
+    assert (tmp_path / "config.json").read_bytes() == stored  # what was refused left no trace
+
+    allowed = small(char_data, tmp_path, max_steps=14, total_batch_tokens=1024, allow_config_change=True)
+    run = train(allowed)
+    assert run.sample == 10 * 8 + 4 * 16  # no sequence twice, none left out
+    training = json.loads((tmp_path / "checkpoints/step_00000014/training.json").read_text())
+    assert training["tokens"] == run.sample * 64
+    # The machine's part of the settings is free.
+    train(small(char_data, tmp_path, max_steps=14, total_batch_tokens=1024, micro_batch_size=2, log_every=3))
+
+
+def test_changed_data(char_data: Path, tmp_path: Path) -> None:
+    config = small(char_data, tmp_path / "run", max_steps=2)
+    train(config)
+    dataset = open_dataset(char_data)
+    tokens = dataset.train.read(0, 5000)
+    write_dataset(tmp_path / "other", tokens[::-1].copy(), np.arange(590) % 59, dataset.tokenizer())
+    with pytest.raises(UserError, match="was trained on other data"):
+        train(small(tmp_path / "other", tmp_path / "run", max_steps=2))
+    shutil.copytree(char_data, tmp_path / "moved")
+    train(small(tmp_path / "moved", tmp_path / "run", max_steps=2))  # the same data elsewhere
+
+
+def test_a_directory_that_is_not_a_run(char_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        train(small(char_data, tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to the run directory"):
+        train(small(char_data, tmp_path / "file"))
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / ".config.json.new").write_text("{")  # left by a kill
+    train(small(char_data, fresh, max_steps=1))
+
+
+def test_no_checkpoint_at_all(char_data: Path, tmp_path: Path) -> None:
+    config = small(char_data, tmp_path, resume=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere is not a checkpoint of a run"):
+        train(config)
+
+
+def test_two_runs_in_one_directory(char_data: Path, tmp_path: Path) -> None:
+    lock = lock_run(tmp_path)
+    with pytest.raises(UserError, match="another process is training in"):
+        train(small(char_data, tmp_path))
+    lock.close()
+    train(small(char_data, tmp_path, max_steps=1))
+
+
+def test_a_stop_does_not_wait_for_an_evaluation_which_is_made_up_for(char_data: Path, tmp_path: Path) -> None:
+    config = small(char_data, tmp_path / "run", max_steps=20, eval_every=10)
+    train(config, stop_after=10)
+    assert [line["step"] for line in records(tmp_path / "run", "val")] == [0]
+    train(config, stop_after=20)  # in the last step
+    assert [line["step"] for line in records(tmp_path / "run", "val")] == [0, 10]
+    train(config)
+    assert [line["step"] for line in records(tmp_path / "run", "val")] == [0, 10, 20]
+    train(small(char_data, tmp_path / "whole", max_steps=20, eval_every=10))
+    assert [v["loss"] for v in records(tmp_path / "run", "val")] == [
+        v["loss"] for v in records(tmp_path / "whole", "val")
+    ]
+
+
+def test_fine_tuning_with_a_shorter_context(char_data: Path, tmp_path: Path) -> None:
+    train(small(char_data, tmp_path / "a", max_steps=5))
+    trained = saved(tmp_path / "a", 5)
+    config = small(
+        char_data, tmp_path / "b", init_from=str(tmp_path / "a"), block_size=32, n_layer=7, max_steps=4, dropout=0.1
+    )
+    first: dict[str, torch.Tensor] = {}
+
+    def remember(run: Run) -> None:
+        first.update({name: p.detach().clone() for name, p in run.model.named_parameters()})
+        assert run.config.model == dataclasses.replace(
+            small(char_data, tmp_path).model, block_size=32, n_layer=2, dropout=0.1
+        )
+
+    train(config, stop_after=2, prepare=remember)
+    assert torch.equal(first["wpe.weight"], trained["transformer.wpe.weight"][:32])
+    assert torch.equal(first["h.1.mlp.c_fc.weight"], trained["transformer.h.1.mlp.c_fc.weight"].T)
+    shutil.rmtree(tmp_path / "a")  # going on does not need what it came from
+    assert train(config).step == 4
+    with pytest.raises(UserError, match="has a context of 32 tokens, shorter than block_size 64"):
+        train(small(char_data, tmp_path / "c", init_from=str(tmp_path / "b")))
+    with pytest.raises(UserError, match="no model at"):
+        train(small(char_data, tmp_path / "d", init_from=str(tmp_path / "gone")))
+    assert not (tmp_path / "d").exists()

@@ -1,0 +1,85 @@
+"""What a HellaSwag example is, and what is wrong with a line that is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hellaswag_examples import make_examples
+
+from gpt2.errors import UserError
+from gpt2.hellaswag.examples import content_lines, content_sha256, parse_example, parse_jsonl, spread
+
+RAW: dict[str, Any] = {
+    "ind": 24,
+    "activity_label": "Roof shingle removal",
+    "ctx_a": "A man is sitting on a roof.",
+    "ctx_b": "he",
+    "ctx": "A man is sitting on a roof. he",
+    "endings": ["wraps skis.", "rips tiles off.", "holds a cube.", "pulls up roofing."],
+    "split": "val",
+    "label": "3",
+}
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"), [("3", 3), (3, 3), ("0", 0), (0, 0), ("", None), (None, None), ("absent", None)]
+)
+def test_labels_in_every_spelling(label: Any, expected: int | None) -> None:
+    raw = {**RAW, "label": label}
+    if label == "absent":
+        del raw["label"]
+    assert parse_example(raw, "here").label == expected
+
+
+@pytest.mark.parametrize("label", [4, -1, "4", "x", "-1", 1.0, True, [1]])
+def test_wrong_labels(label: Any) -> None:
+    with pytest.raises(UserError, match="here: field 'label' is"):
+        parse_example({**RAW, "label": label}, "here")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 3: not JSON"),
+        ("[1]", "line 3: expected a JSON object, got list"),
+        (json.dumps({**RAW, "endings": ["a", "b", "c"]}), "line 3: 3 endings; an example has 4"),
+        (json.dumps({**RAW, "endings": "abcd"}), "line 3: field 'endings' must be a list of strings"),
+        (json.dumps({**RAW, "endings": ["a", "b", "c", 4]}), "line 3: field 'endings' must be a list of strings"),
+        (json.dumps({**RAW, "ctx": None}), "line 3: field 'ctx' is None; it must be a string"),
+        (json.dumps({k: v for k, v in RAW.items() if k != "ind"}), "line 3: field 'ind' is None"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(json.dumps(RAW) + "\n\n" + line + "\n")  # an empty line is no example
+    with pytest.raises(UserError) as error:
+        parse_jsonl(path)
+    assert f"{path}, {message}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_hash_is_of_content_not_of_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_bytes(b"".join(content_lines(make_examples(5))))
+    assert parse_jsonl(path) == make_examples(5)
+    hub = "".join(
+        json.dumps({**json.loads(line), "label": str(json.loads(line)["label"]), "source_id": "x"}, ensure_ascii=False)
+        + "\n"
+        for line in content_lines(make_examples(5))
+    )
+    path.write_text(hub, encoding="utf-8")
+    assert content_sha256(parse_jsonl(path)) == content_sha256(make_examples(5))
+    assert content_sha256(make_examples(5)[::-1]) != content_sha256(make_examples(5))
+
+
+def test_spread_is_even() -> None:
+    examples = make_examples(10)
+    assert spread(examples, None) == examples
+    assert spread(examples, 99) == examples
+    assert [e.ind for e in spread(examples, 4)] == [0, 2, 5, 7]
+    for limit in (0, -1):
+        with pytest.raises(UserError, match="leaves nothing"):
+            spread(examples, limit)

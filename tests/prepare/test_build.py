@@ -1,0 +1,386 @@
+"""A source to a finished data set with real worker processes, against tiktoken one document at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from repository import SHARED_DATA
+
+from gpt2.errors import UserError
+from gpt2.prepare.build import prepare
+from gpt2.prepare.job import Request
+from gpt2.prepare.sources import Source, SourceFile, local_source
+from gpt2.prepare.workers import Part, files_of_part, units_of_file
+from gpt2.tokens.dataset import open_dataset
+from gpt2.tokens.manifest import MANIFEST_NAME, load_manifest
+from gpt2.tokens.tokenizer import gpt2_tokenizer
+from gpt2.tokens.verify import check_manifest, check_shard, merge_parts
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+EOT = 50256
+SAMPLE = SHARED_DATA / "fineweb_schema_sample"
+
+
+def documents(count: int) -> list[str | None]:
+    generator = np.random.default_rng(count)
+    words = ["the", "Quick", "brown's", "fox\n", "jumped", "<|endoftext|>", "naïve", "日本", "1234", "  over", "\n\n"]
+    texts: list[str | None] = [" ".join(generator.choice(words, generator.integers(1, 60))) for _ in range(count)]
+    texts[1], texts[2] = None, ""
+    return texts
+
+
+def write_parquet(directory: Path, texts, files: int = 3, rows: int = 7) -> Path:
+    directory.mkdir()
+    for number in range(files):
+        table = pa.table({"id": [str(i) for i in range(len(texts[number::files]))], "text": texts[number::files]})
+        pq.write_table(table, directory / f"{number:03d}.parquet", row_group_size=rows)
+    return directory
+
+
+def in_order(texts, files: int = 3) -> list[str]:
+    return [text for number in range(files) for text in texts[number::files] if text]
+
+
+def stream(texts: list[str]) -> list[int]:
+    return [t for text in texts for t in (EOT, *gpt2_tokenizer().encode(text))]
+
+
+def request(directory: Path, source: str | Path, **changes) -> Request:
+    made = Request(
+        directory=directory,
+        name="x",
+        source=local_source([str(source)]),
+        tokenizer="gpt2",
+        suffix=".npy",
+        shard_tokens=500,
+        val_tokens=None,
+        max_tokens=None,
+        workers=1,
+        part=None,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.suffix in (".npy", ".bin")}
+
+
+def test_parquet_to_shards_is_what_one_process_writes(tmp_path):
+    texts = documents(60)
+    source = write_parquet(tmp_path / "source", texts)
+    said: list[str] = []
+    manifest = prepare(request(tmp_path / "one", source), said.append)
+    prepare(request(tmp_path / "three", source, workers=3), said.append)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    ordered = in_order(texts)
+    val = round(60 * 0.05)  # a small corpus: 5 % of its documents
+    dataset = open_dataset(tmp_path / "one")
+    assert dataset.val.read(0, len(dataset.val)).tolist() == stream(ordered[:val])
+    assert dataset.train.read(0, len(dataset.train)).tolist() == stream(ordered[val:])
+    assert [e.tokens for e in manifest.shards[1:-1]] == [500] * (len(manifest.shards) - 2)
+    statistics = manifest.statistics()
+    assert statistics["documents"] == len(ordered) == 58
+    assert statistics["skipped_documents"] == 2
+    assert statistics["bytes"] == sum(len(text.encode()) for text in ordered)
+    assert statistics["tokens"] == len(stream(ordered))
+    assert not [check for check in check_manifest(tmp_path / "one", manifest) if check.problem]
+    # Again: nothing to do. Then with damage: only the damaged is made again.
+    before = contents(tmp_path / "one")
+    victim, untouched = tmp_path / "one" / manifest.shards[2].file, tmp_path / "one" / manifest.shards[3].file
+    age = untouched.stat().st_mtime_ns
+    assert prepare(request(tmp_path / "one", source), said.append) == manifest
+    assert "complete and verified" in said[-1]
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    (tmp_path / "one" / manifest.shards[-1].file).unlink()
+    again = prepare(request(tmp_path / "one", source), said.append)
+    assert any(f"{victim.name} is missing or damaged" in line for line in said)
+    assert contents(tmp_path / "one") == before
+    assert untouched.stat().st_mtime_ns == age
+    assert [dataclasses.replace(e) for e in again.shards] == list(manifest.shards)
+
+
+def test_other_formats_and_bin(tmp_path):
+    """JSON lines, compressed and not, and plain text, in one source, into llm.c's format."""
+    source = tmp_path / "source"
+    source.mkdir()
+    texts = in_order(documents(30))
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    (source / "a.jsonl").write_bytes(b"".join(lines[:10]))
+    (source / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[10:20])))
+    (source / "c.jsonl.zst").write_bytes(pa.compress(b"".join(lines[20:]), "zstd", asbytes=True))
+    (source / "d.txt").write_text("one whole file,\n\nis one document")
+    (source / "e.txt").write_bytes(b"latin-1: caf\xe9")
+    out = tmp_path / "out"
+    manifest = prepare(request(out, source, suffix=".bin", val_tokens=40), lambda line: None)
+    everything = [*texts, "one whole file,\n\nis one document", "latin-1: caf\ufffd"]
+    words, tokens = [], []
+    for entry in manifest.shards:
+        data = (out / entry.file).read_bytes()
+        words.append(np.frombuffer(data[:1024], "<i4"))
+        tokens.append(np.frombuffer(data[1024:], "<u2"))
+        assert words[-1][:3].tolist() == [20240520, 1, entry.tokens]
+        assert len(tokens[-1]) == entry.tokens
+    assert np.concatenate(tokens).tolist() == stream(everything)
+    assert len(tokens[0]) >= 40 > len(tokens[0]) - len(stream([texts[manifest.shards[0].documents - 1]]))
+    assert tokens[1][0] == EOT
+    assert manifest.statistics()["replaced_documents"] == 1
+    assert not list(out.glob(".fetched*"))
+
+
+def test_document_longer_than_shards_and_limit(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.txt").write_text("first")
+    (source / "b.txt").write_text("word " * 3000)
+    (source / "c.txt").write_text("last")
+    manifest = prepare(request(tmp_path / "out", source), lambda line: None)
+    assert manifest.statistics()["documents"] == 3
+    whole = stream(["first", "word " * 3000, "last"])
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.train.read(0, len(dataset.train)).tolist() == whole[2:]
+    limited = prepare(request(tmp_path / "limited", source, max_tokens=1000, val_tokens=1), lambda line: None)
+    assert limited.statistics()["tokens"] == 1000
+    assert open_dataset(tmp_path / "limited").train.read(0, 998).tolist() == whole[2:1000]
+
+
+def test_characters_of_a_source(tmp_path):
+    texts = documents(20)
+    source = write_parquet(tmp_path / "source", texts)
+    manifest = prepare(request(tmp_path / "out", source, tokenizer="char", val_tokens=50), lambda line: None)
+    dataset = open_dataset(tmp_path / "out")
+    ordered = in_order(texts)
+    assert manifest.tokenizer["chars"] == "".join(sorted(set("".join(ordered))))
+    tokens = [*dataset.val.read(0, len(dataset.val)), *dataset.train.read(0, len(dataset.train))]
+    assert dataset.tokenizer().decode(tokens) == "".join(ordered)
+    assert manifest.statistics()["documents"] == len(ordered)
+    with pytest.raises(UserError, match="--part with --tokenizer char"):
+        prepare(request(tmp_path / "part", source, tokenizer="char", part=Part(1, 2)), lambda line: None)
+
+
+def test_parts_merge_into_the_whole(tmp_path):
+    texts = documents(90)
+    source = write_parquet(tmp_path / "source", texts)
+    out = tmp_path / "out"
+    for number in (3, 1, 2):
+        prepare(request(out, source, part=Part(number, 3), val_tokens=100), lambda line: None)
+        with pytest.raises(UserError, match="merge"):
+            open_dataset(out)
+        if number == 1:
+            with pytest.raises(UserError, match=r"of 3 parts 1 are missing, 0 unfinished; run --part 2"):
+                merge_parts(out)
+    merged = merge_parts(out)
+    dataset = open_dataset(out)
+    assert dataset.val.read(0, len(dataset.val)).tolist() + dataset.train.read(
+        0, len(dataset.train)
+    ).tolist() == stream(in_order(texts))
+    assert len({entry.file for entry in merged.shards}) == len(merged.shards)
+    assert [p.name for p in dataset.train.paths] == sorted(p.name for p in dataset.train.paths)
+    (out / MANIFEST_NAME).unlink()
+    with pytest.raises(UserError, match="of another origin"):
+        prepare(request(out, source), lambda line: None)
+
+
+def test_more_parts_than_units(tmp_path):
+    source = write_parquet(tmp_path / "source", documents(12), files=1, rows=6)
+    out = tmp_path / "out"
+    for number in range(1, 5):
+        prepare(request(out, source, part=Part(number, 4), val_tokens=10), lambda line: None)
+    assert [len(load_manifest(p).shards) > 0 for p in sorted(out.glob("manifest.part*"))].count(True) == 2
+    assert not list(out.glob("*_val_*"))  # the first row group's middle is in part 2
+    with pytest.raises(UserError, match="would have no val shard"):
+        merge_parts(out)
+    assert prepare(request(tmp_path / "two", source, part=Part(1, 2), val_tokens=10), lambda line: None).complete
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "text"])
+def test_every_unit_is_in_one_part(kind):
+    generator = np.random.default_rng(7)
+    for of in (1, 2, 3, 7, 50):
+        sizes = generator.integers(0, 1000, 9).tolist()
+        files = tuple(SourceFile(f"{i}", size, "", kind, "") for i, size in enumerate(sizes))
+        source = Source("local files", None, files)
+        units = generator.integers(1, 12, 9).tolist()
+        owners: dict[tuple[int, int], list[int]] = {}
+        for number in range(1, of + 1):
+            for file in files_of_part(source, Part(number, of)):
+                for unit in units_of_file(source, file, units[file], Part(number, of)):
+                    owners.setdefault((file, unit), []).append(number)
+        wanted = {(f, u) for f in range(9) if sizes[f] for u in range(units[f])}
+        assert set(owners) == wanted
+        assert all(len(parts) == 1 for parts in owners.values())
+        ordered = [owners[key][0] for key in sorted(owners)]
+        assert ordered == sorted(ordered)
+
+
+def test_changed_request_or_source_is_refused_with_the_difference(tmp_path):
+    texts = documents(40)
+    source = write_parquet(tmp_path / "source", texts)
+    out = tmp_path / "out"
+    prepare(request(out, source), lambda line: None)
+    before = contents(out)
+    for changes, message in (
+        ({"shard_tokens": 700}, "shard_tokens was 500, now 700"),
+        ({"max_tokens": 700}, "max_tokens was None, now 700"),
+        ({"suffix": ".bin"}, r"suffix was \.npy, now \.bin"),
+        ({"tokenizer": "char"}, "tokenizer was gpt2, now char"),
+        ({"name": "y"}, "name was x, now y"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(request(out, source, **changes), lambda line: None)
+    (source / "001.parquet").rename(source / "004.parquet")
+    with pytest.raises(UserError, match=r"source file 001\.parquet is gone; source file 004\.parquet is new"):
+        prepare(request(out, source), lambda line: None)
+    (source / "004.parquet").rename(source / "001.parquet")
+    pq.write_table(pa.table({"text": ["other"]}), source / "001.parquet")
+    with pytest.raises(UserError, match=r"source file 001\.parquet has changed"):
+        prepare(request(out, source), lambda line: None)
+    assert contents(out) == before
+
+
+def test_damaged_file_stops_and_its_repair_continues(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    texts = [text * 20 for text in in_order(documents(60))]
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    for number in range(3):
+        (source / f"{number}.jsonl").write_bytes(b"".join(lines[number * 19 : (number + 1) * 19]))
+    good = (source / "1.jsonl").read_bytes()
+    (source / "1.jsonl").write_bytes(good[:-30])
+    out = tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"1\.jsonl: the line at byte .* is not JSON .* finished shards are kept"
+    ) as error:
+        prepare(request(out, source, val_tokens=300), lambda line: None)
+    assert "\n" not in str(error.value)
+    kept = contents(out)
+    assert len(kept) > 2
+    (source / "1.jsonl").write_bytes(good)
+    prepare(request(out, source, val_tokens=300), lambda line: None)
+    assert kept.items() <= contents(out).items()
+    dataset = open_dataset(out)
+    assert len(dataset.val) + len(dataset.train) == len(stream(texts[:57]))
+
+
+def test_wrong_requests_are_told_in_one_line(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+
+    def message(out="out", **changes):
+        with pytest.raises(UserError) as error:
+            prepare(request(tmp_path / out, source, **changes), lambda line: None)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    (source / "a.txt").write_text("only one document")
+    assert "holds 1 document(s)" in message()
+    assert "all 4 tokens went into validation" in message("a", val_tokens=10)
+    (source / "a.txt").write_text("")
+    (source / "b.jsonl").write_text('{"text": null}\n')
+    assert "holds no text" in message("b", val_tokens=10)
+    (source / "b.jsonl").write_text('{"text": "a b c"}\n' * 9)
+    (tmp_path / "file").write_text("")
+    assert "cannot write to" in message("file")
+    strangers = tmp_path / "strangers"
+    strangers.mkdir()
+    np.save(strangers / "edufineweb_train_000001.npy", np.ones(3, np.uint16))
+    assert "edufineweb_train_000001.npy, which is of another origin" in message("strangers")
+    if os.geteuid() != 0:
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+        assert "cannot write to" in message("locked")
+
+
+def test_two_at_once_are_refused(tmp_path):
+    import fcntl
+
+    source = write_parquet(tmp_path / "source", documents(9))
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / f".{MANIFEST_NAME}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is at work"):
+            prepare(request(out, source), lambda line: None)
+    prepare(request(out, source), lambda line: None)
+
+
+def test_worker_that_dies_is_told_and_what_is_finished_stays(tmp_path, monkeypatch):
+    source = write_parquet(tmp_path / "source", documents(9))
+    monkeypatch.setattr("gpt2.prepare.workers.tokenize_unit", _die)
+    with pytest.raises(UserError, match="a worker process died"):
+        prepare(request(tmp_path / "out", source), lambda line: None)
+    monkeypatch.undo()
+    assert load_manifest(tmp_path / "out" / MANIFEST_NAME).complete is False
+    assert prepare(request(tmp_path / "out", source), lambda line: None).complete
+
+
+def test_source_that_vanishes_is_told(tmp_path, monkeypatch):
+    source = write_parquet(tmp_path / "source", documents(9))
+    made = request(tmp_path / "out", source, val_tokens=10)
+    monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind: path.unlink() or 1)
+    with pytest.raises(UserError, match=r"00\d\.parquet.*replace the file"):
+        prepare(made, lambda line: None)
+
+
+def _die(path, kind, unit):
+    os._exit(9)  # as the kernel does to who takes too much memory
+
+
+def test_check_finds_every_kind_of_fault(tmp_path):
+    source = write_parquet(tmp_path / "source", documents(30))
+    out = tmp_path / "out"
+    manifest = prepare(request(out, source), lambda line: None)
+    entry = manifest.shards[1]
+    path = out / entry.file
+    good = path.read_bytes()
+
+    def problem(data: bytes, **changes) -> str:
+        path.write_bytes(data)
+        found = check_shard(path, dataclasses.replace(entry, **changes), 50257, EOT, begins_document=True)
+        return found.problem
+
+    assert problem(good) == ""
+    for position in (128, len(good) // 2, len(good) - 1):
+        flipped = bytearray(good)
+        flipped[position] ^= 1
+        assert "checksum differs" in problem(bytes(flipped))
+    assert "truncated" in problem(good[:-1])
+    assert "the manifest says 7" in problem(good, tokens=7)
+    assert "end-of-text tokens for 999 documents" in problem(good, documents=999)
+    tokens = np.load(path).copy()
+    tokens[5] = 50257
+    np.save(path, tokens)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "holds id 50257, the vocabulary has 50257" in problem(path.read_bytes(), sha256=sha256)
+    path.unlink()
+    assert "cannot read" in check_shard(path, entry, 50257, EOT).problem
+    second = manifest.shards[2]
+    assert "straddles" in check_shard(out / second.file, second, 50257, EOT, begins_document=True).problem
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"real documents in FineWeb's schema are not at {SAMPLE}")
+def test_real_documents_against_their_own_token_counts(tmp_path):
+    """One file of 1,192 real documents: the ids are tiktoken's, the lengths are the `token_count` column's."""
+    file = SAMPLE / "000_00000.parquet"
+    manifest = prepare(request(tmp_path / "out", file, shard_tokens=400_000, workers=2), lambda line: None)
+    table = pq.read_table(file, columns=["text", "token_count"])
+    dataset = open_dataset(tmp_path / "out")
+    tokens = np.concatenate([dataset.val.read(0, len(dataset.val)), dataset.train.read(0, len(dataset.train))])
+    starts = np.flatnonzero(tokens == EOT)
+    assert (np.diff([*starts, len(tokens)]) - 1).tolist() == table["token_count"].to_pylist()
+    for number in range(0, len(starts), 40):
+        text = table["text"][number].as_py()
+        begin = starts[number] + 1
+        ids = gpt2_tokenizer().encode(text)
+        assert tokens[begin : begin + len(ids)].tolist() == ids
+    assert manifest.statistics()["documents"] == 1192

@@ -1,0 +1,167 @@
+"""A run's directory opened to be looked at, and the table of runs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_runs import encode, lines, tiny, write_restarted_run, write_run
+from repository import ROOT, load_script
+
+from gpt2.errors import UserError
+from gpt2.metrics.jsonl import MetricsFile
+from gpt2.presets import presets
+from gpt2.report.runs import SILENCE_SECONDS, distinct_names, find_runs, open_run
+
+
+def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
+    run = open_run(write_run(tmp_path / "run", until=1000))
+    assert (run.corpus, run.size, run.step) == ("fineweb-edu", "124M", 1000)
+    assert run.tokens == 1000 * 524_288
+    assert run.best_loss == min(record["loss"] for record in run.records("val"))
+    assert run.tokens_per_second == pytest.approx(3.7e6, rel=0.01)
+    assert run.mfu == pytest.approx(0.40, abs=0.01)
+    assert run.status() == "finished"
+    assert run.preset == "gpt2 +1"  # the fixture's wandb setting aside, nothing but max_steps may differ
+
+
+def test_seconds_and_device_seconds_count_what_a_restart_threw_away(tmp_path: Path) -> None:
+    run = open_run(write_restarted_run(tmp_path / "run"))
+    every = [*run.history.live, *run.history.superseded]
+    trained = sum(record["seconds"]["train"] for record in every if record["kind"] == "train")
+    assert run.seconds["train"] == pytest.approx(trained + 0.5)
+    on_8 = sum(sum(r["seconds"].values()) for r in every if r["kind"] == "train" and r["tokens_per_second"] > 2.5e6)
+    assert run.device_seconds > 4 * sum(run.seconds.values())
+    assert run.device_seconds == pytest.approx(8 * on_8 + 4 * (sum(run.seconds.values()) - on_8), rel=0.02)
+    assert [start["step"] for start in run.starts] == [0, 500]
+    # Half the devices, half the speed; the slow first line after each start does not count.
+    assert run.tokens_per_second == pytest.approx(1.85e6, rel=0.02)
+
+
+@pytest.mark.parametrize("reason", ["finished", "stopped", "nonfinite", "spike", "error"])
+def test_an_ended_run_says_how(tmp_path: Path, reason: str) -> None:
+    assert open_run(write_run(tmp_path / "run", **tiny(end=reason))).status() == reason
+
+
+def test_a_run_is_running_while_its_process_holds_the_file(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", **tiny(end=None))
+    assert open_run(run).status() == "crashed"
+    file = MetricsFile(run / "metrics.jsonl", print)
+    assert open_run(run).status() == "running"
+    file.close()
+    assert open_run(run).status() == "crashed"
+
+
+def test_a_run_of_another_machine_is_running_until_it_falls_silent(tmp_path: Path) -> None:
+    run = open_run(write_run(tmp_path / "run", **tiny(end=None)))
+    last = run.history.live[-1]["time"]
+    assert run.start["host"] != platform.node()
+    assert run.status(now=last + SILENCE_SECONDS - 1) == "running"
+    assert run.status(now=last + SILENCE_SECONDS + 1) == "crashed"
+
+
+def test_the_nearest_preset(tmp_path: Path) -> None:
+    for name, (_, config) in presets().items():
+        directory = tmp_path / name
+        directory.mkdir()
+        start = {"kind": "run_start", "step": 0, "time": 0.0, "config": config.to_dict()}
+        (directory / "metrics.jsonl").write_bytes(encode([start]))
+        assert open_run(directory).preset == name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, r"it has no metrics\.jsonl"), (b"", "is empty"), (b"hello\n", "has no line of ours"), (b"{}\n", "no line")],
+)
+def test_a_directory_that_is_no_run(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_run(tmp_path)
+
+
+def test_a_directory_of_runs_names_them(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", **tiny())
+    with pytest.raises(UserError, match=r"runs in it: .*one"):
+        open_run(tmp_path)
+    with pytest.raises(UserError, match="is not a directory"):
+        open_run(tmp_path / "missing")
+    with pytest.raises(UserError, match="is not a directory"):
+        open_run(tmp_path / "one" / "metrics.jsonl")
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(encode(lines(**tiny())[:1]))
+    run = open_run(tmp_path)
+    assert (run.step, run.tokens, run.best_loss, run.tokens_per_second, run.last_checkpoint) == (0, 0, None, None, None)
+    assert run.device_seconds == 0
+
+
+def test_a_history_without_its_first_line_is_still_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(encode(lines(**tiny())[1:]))
+    run = open_run(tmp_path)
+    assert run.step == 60
+    assert (run.size, run.corpus, run.preset) == (None, None, None)
+
+
+def test_names_that_tell_runs_apart() -> None:
+    assert distinct_names([Path("/a/x"), Path("/a/y")]) == ["x", "y"]
+    assert distinct_names([Path("/a/x"), Path("/b/x"), Path("/b/y")]) == ["a/x", "b/x", "b/y"]
+
+
+def test_the_table_lists_every_run_and_says_what_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "a", until=1000, end=None)
+    checkpoints = [{"kind": "checkpoint", "step": s, "time": 0, "path": f"checkpoints/step_{s:08}"} for s in (800, 900)]
+    end = {"kind": "run_end", "step": 1000, "time": 0, "reason": "finished", "seconds": {}}
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(encode([*checkpoints, end]))
+    write_run(tmp_path / "deep" / "b", **tiny(end=None, hellaswag=False, eval_every=0))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metrics.jsonl").write_text("torn")
+    script = load_script("scripts/runs.py")
+    monkeypatch.setattr(sys, "argv", ["runs.py", str(tmp_path)])
+    assert script.main() == 0
+    out = capsys.readouterr().out.splitlines()
+    cells = [line.split() for line in out]
+    assert cells[0][:3] == ["run", "preset", "tokens"]
+    assert cells[1][0] == "a"
+    assert "finished" in cells[1]
+    assert "524" in cells[1]
+    assert cells[1][-1] == "checkpoints/step_00000900"
+    assert cells[2][0] == "deep/b"
+    assert "crashed" in cells[2]
+    assert out[3].startswith("left out:")
+    assert list(find_runs(tmp_path)) == [tmp_path / name for name in ("a", "broken", "deep/b")]
+
+
+def test_the_commands_end_with_one_line_on_bad_input(tmp_path: Path) -> None:
+    for command in (["runs.py", str(tmp_path)], ["report.py", str(tmp_path)], ["runs.py", str(tmp_path / "missing")]):
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:]], capture_output=True, text=True
+        )
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+
+
+def test_fields_of_the_wrong_kind_do_no_harm(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = lines(**tiny())
+    for record in records:
+        record["seconds"] = "long"
+        record["mfu"] = None
+        if record["kind"] == "run_start":
+            record["resumes_at"] = "here"
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    run = open_run(tmp_path)
+    assert run.seconds == {}
+    assert run.mfu is None
+    assert run.step == 60

@@ -1,0 +1,76 @@
+"""What fits, after something did not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.config import Config, DataConfig, RunConfig
+from gpt2.train.out_of_memory import advice, first_line, fitting_micro_batch, is_out_of_memory, write_snapshot
+from gpt2.train.plan import expected_memory
+
+GIB = 2**30
+N = 124_000_000
+CONFIG = Config(data=DataConfig(micro_batch_size=64))
+
+
+def needed(size: int) -> float:
+    return expected_memory(replace(CONFIG, data=replace(CONFIG.data, micro_batch_size=size)), N, 1, "bf16", "cuda")
+
+
+def test_signs_of_it() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GiB)"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.int8)  # what this machine's allocator really says
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_what_it_says_in_one_line() -> None:
+    assert first_line(torch.OutOfMemoryError("CUDA out of memory.\nSee documentation")) == "CUDA out of memory."
+    assert first_line(MemoryError()) == "MemoryError"
+
+
+def test_the_largest_that_fits_by_the_estimate() -> None:
+    memory = needed(64) * 0.6
+    size = fitting_micro_batch(CONFIG, N, 1, "bf16", "cuda", memory)
+    assert size is not None
+    assert 512 % size == 0
+    assert needed(size) <= 0.95 * memory < needed(2 * size)
+
+
+def test_an_estimate_that_was_too_low_is_raised() -> None:
+    # It said that 64 fit into 1.5 times the memory; they did not, so what is needed is at least that.
+    size = fitting_micro_batch(CONFIG, N, 1, "bf16", "cuda", 1.5 * needed(64))
+    assert size == 32
+
+
+def test_it_divides_each_processs_part() -> None:
+    config = Config(data=DataConfig(micro_batch_size=24, total_batch_tokens=48 * 1024))
+    assert fitting_micro_batch(config, N, 2, "bf16", "cuda", None) == 12
+    assert fitting_micro_batch(config, N, 2, "bf16", "cuda", 1e15) == 12
+    odd = Config(data=DataConfig(micro_batch_size=9, total_batch_tokens=9 * 1024))
+    assert fitting_micro_batch(odd, N, 1, "bf16", "cuda", None) == 3
+
+
+def test_none_fits() -> None:
+    assert fitting_micro_batch(CONFIG, N, 1, "bf16", "cuda", 1 * GIB) is None
+    one = Config(data=DataConfig(micro_batch_size=1))
+    assert fitting_micro_batch(one, N, 1, "bf16", "cuda", 80 * GIB) is None
+
+
+def test_advice() -> None:
+    assert advice(4, CONFIG).startswith("use --micro-batch-size 4")
+    assert advice(None, CONFIG).startswith("use --activation-checkpointing")
+    assert "fsdp" in advice(None, Config(run=RunConfig(activation_checkpointing=True)))
+
+
+def test_no_picture_of_a_cpu(tmp_path: Path) -> None:
+    assert not write_snapshot(tmp_path / "x.pickle", torch.device("cpu"))
+    assert not (tmp_path / "x.pickle").exists()

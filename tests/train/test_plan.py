@@ -1,0 +1,100 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2.config import Config, DataConfig, ModelConfig, RunConfig
+from gpt2.errors import UserError
+from gpt2.tokens.dataset import write_dataset
+from gpt2.tokens.loader import Blocks
+from gpt2.tokens.tokenizer import CharTokenizer
+from gpt2.train.plan import device_memory, expected_memory, make_plan
+
+MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=4)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    tokens = np.tile(np.arange(4, dtype=np.uint16), 100)
+    return write_dataset(tmp_path / "data", tokens[:300], tokens[300:], CharTokenizer("abcd"))
+
+
+def plan_of(dataset, config, world_size=1, memory=None):
+    train, val = (Blocks(s, config.model.block_size, config.model.vocab_size) for s in (dataset.train, dataset.val))
+    return make_plan(config, dataset, train, val, world_size, "fp32", "cpu", memory)
+
+
+def config_of(model=MODEL, micro_batch_size=2, total_batch_tokens=64, val_tokens=1000, **run):
+    data = DataConfig(micro_batch_size=micro_batch_size, total_batch_tokens=total_batch_tokens, val_tokens=val_tokens)
+    return Config(model=model, data=data, run=RunConfig(**{"max_steps": 10, **run}))
+
+
+def test_every_derived_number(dataset):
+    plan = plan_of(dataset, config_of(), world_size=2)
+    assert plan.parameters == 4 * 16 + 8 * 16 + 2 * (12 * 16**2 + 13 * 16) + 2 * 16
+    assert plan.grad_accum_steps == 2  # 64 tokens = 2 processes × 2 sequences × 8 tokens × 2
+    assert (plan.blocks_per_epoch, plan.leftover_tokens) == (37, 3)  # 299 = 37 · 8 + 3
+    assert plan.total_tokens == 640
+    assert plan.epochs == pytest.approx(640 / (37 * 8))
+    assert plan.val_tokens == 96  # the split's 99 targets, in whole blocks
+    assert plan_of(dataset, config_of(val_tokens=20)).val_tokens == 16
+
+
+def test_the_plan_is_told(dataset):
+    config = config_of()
+    text = "\n".join(plan_of(dataset, config).lines(config, 1, "some CPU", "fp32"))
+    words = ["6,784 parameters", "64 tokens", "10 steps = 640 tokens = 2.16 epochs", "some CPU"]
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "world_size", "remedy"),
+    [(3, 1, "--total-batch-tokens 48 or --micro-batch-size 2"), (8, 2, "--micro-batch-size 4"), (1, 3, "48")],
+)
+def test_a_batch_that_cannot_be_cut_is_refused_with_one_that_can(dataset, micro_batch_size, world_size, remedy):
+    with pytest.raises(UserError, match="total_batch_tokens 64 is not a multiple") as error:
+        plan_of(dataset, config_of(micro_batch_size=micro_batch_size), world_size)
+    assert remedy in str(error.value)
+    # What is proposed works.
+    total, micro = (
+        re.search(rf"--{flag} (\d+)", str(error.value)) for flag in ("total-batch-tokens", "micro-batch-size")
+    )
+    assert total is not None
+    plan_of(dataset, config_of(micro_batch_size=micro_batch_size, total_batch_tokens=int(total[1])), world_size)
+    if micro is not None:
+        plan_of(dataset, config_of(micro_batch_size=int(micro[1])), world_size)
+
+
+def test_another_vocabulary_is_refused(dataset):
+    model = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=5)
+    with pytest.raises(UserError, match=r"vocabulary of 4, the model has 5; use --vocab-size 4"):
+        plan_of(dataset, config_of(model=model))
+
+
+def test_a_state_larger_than_the_device_is_refused(dataset):
+    state = 16 * plan_of(dataset, config_of()).parameters
+    plan_of(dataset, config_of(), memory=state)
+    with pytest.raises(UserError, match="--parallel fsdp"):
+        plan_of(dataset, config_of(), world_size=2, memory=state - 1)
+    plan_of(dataset, config_of(parallel="fsdp"), world_size=2, memory=state - 1)
+
+
+def test_expected_memory_moves_as_it_should():
+    big = ModelConfig()
+    base = expected_memory(Config(model=big), 124_439_808, 1, "bf16", "cuda")
+    assert base > 18 * 124_439_808
+    less = [
+        Config(model=big, data=DataConfig(micro_batch_size=32)),
+        Config(model=big, run=RunConfig(activation_checkpointing=True)),
+    ]
+    for config in less:
+        assert expected_memory(config, 124_439_808, 1, "bf16", "cuda") < base
+    assert expected_memory(Config(run=RunConfig(parallel="fsdp")), 124_439_808, 8, "bf16", "cuda") < base
+
+
+def test_device_memory_of_the_host():
+    memory = device_memory(torch.device("cpu"))
+    assert memory is not None
+    assert memory > 2**28
