@@ -23,15 +23,16 @@ import torch
 
 from gpt2.distributed.world import World, world
 from gpt2.errors import UserError, run_cli
-from gpt2.hellaswag.download import load_examples, write_atomically
+from gpt2.files import write_whole
+from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
 from gpt2.hellaswag.rows import CONVENTIONS
 from gpt2.hellaswag.score import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Result, evaluate
 from gpt2.metrics.console import duration
 from gpt2.metrics.reference import GPT2_HELLASWAG, GPT2_HELLASWAG_HARNESS, GPT3_HELLASWAG, HELLASWAG_CHANCE, SHAPES
 from gpt2.model.compile import compile_model
-from gpt2.model.gpt import GPT
-from gpt2.model.pretrained import load_pretrained, resolve_model
+from gpt2.model.gpt import GPT, load_pretrained
+from gpt2.model.pretrained import resolve_model
 from gpt2.precision import resolve_dtype
 
 
@@ -269,9 +270,11 @@ def run(args: argparse.Namespace, this: World) -> None:
             "processes": this.size,
             "results": entries,
         }
-        write_atomically(args.json, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(args.json, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     if args.per_example is not None:
-        write_atomically(args.per_example, "".join(per_example).encode())
+        args.per_example.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(args.per_example, "".join(per_example))
 
 
 def main() -> None:

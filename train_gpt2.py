@@ -33,8 +33,9 @@ from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load
 from gpt2.checkpoint.writer import CheckpointWriter
 from gpt2.config import Config
 from gpt2.distributed.hang import HangWatch, enable_flight_recorder
-from gpt2.distributed.world import WholeErrorFile, World, parallelize, place_like, shorten_timeout, whole, world
-from gpt2.errors import UserError, run_cli
+from gpt2.distributed.parallel import parallelize, place_like, whole
+from gpt2.distributed.world import WholeErrorFile, World, shorten_timeout, world
+from gpt2.errors import UserError, first_line, run_cli
 from gpt2.hardware import device_name, environment
 from gpt2.metrics.phase_clock import Phase
 from gpt2.metrics.recorder import EndReason, Metrics
@@ -47,7 +48,7 @@ from gpt2.tokens.tokenizer import Tokenizer
 from gpt2.train.divergence import MAX_SKIPS_IN_A_ROW, StepGuard, StopSignals, lock_run
 from gpt2.train.evaluation import Evaluator
 from gpt2.train.optim import describe_groups, load_state_tensors, make_optimizers, set_learning_rates, state_tensors
-from gpt2.train.out_of_memory import explain, first_line, is_out_of_memory, record_allocations
+from gpt2.train.out_of_memory import explain, is_out_of_memory, record_allocations
 from gpt2.train.plan import Plan, device_memory, make_plan
 from gpt2.train.profile import StepProfiler
 from gpt2.train.schedule import lr_factor, plot_schedule

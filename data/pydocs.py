@@ -30,8 +30,8 @@ _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the data set, or say that it is there."""
-    from gpt2.prepare.build import reusable, totals
-    from gpt2.tokens.dataset import write_dataset
+    from gpt2.prepare.build import totals
+    from gpt2.prepare.small_dataset import reusable, write_dataset
     from gpt2.tokens.tokenizer import gpt2_tokenizer
 
     parser = argparse.ArgumentParser(description="Python's own documentation as GPT-2 token shards.")

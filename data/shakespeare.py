@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the data set, or say that it is there."""
     import numpy as np
 
-    from gpt2.prepare.build import reusable, totals
-    from gpt2.tokens.dataset import write_dataset
+    from gpt2.prepare.build import totals
+    from gpt2.prepare.small_dataset import reusable, write_dataset
     from gpt2.tokens.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
 
     args = make_parser().parse_args(argv)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class GPTConfig:
     """Shape and variant of the network. The defaults are GPT-2 124M (Radford et al. 2019)."""
 
     n_layer: int = 12
@@ -264,7 +265,7 @@ class RunConfig:
 class Config:
     """A whole run."""
 
-    model: ModelConfig = ModelConfig()
+    model: GPTConfig = GPTConfig()
     """The network."""
     data: DataConfig = DataConfig()
     """The data."""
@@ -334,3 +335,21 @@ class Config:
             raise UserError(f"{path} is not a run's configuration: {error}") from None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a run's configuration: {error}") from None
+
+
+def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Settings that differ, as {"part.name": [old, new]}; None stands for one that is missing.
+
+    Args:
+        old: of `Config.to_dict`.
+        new: likewise.
+    """
+    flat_old, flat_new = (
+        {f"{part}.{name}": value for part, values in config.items() for name, value in values.items()}
+        for config in (old, new)
+    )
+    return {
+        name: [flat_old.get(name), flat_new.get(name)]
+        for name in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(name) != flat_new.get(name)
+    }

@@ -22,6 +22,11 @@ class UserError(Exception):
         self.alone = alone
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the paragraphs behind it; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and exit with its code.
 

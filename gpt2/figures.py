@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2.errors import UserError
+from gpt2.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,16 +24,12 @@ def save_figure(figure: Figure, path: Path) -> Path:
     """
     if not path.name:
         raise UserError(f"cannot write a picture to {path}: that is a folder; name a file")
-    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part, format=path.suffix[1:].lower() or "png")
-        part.replace(path)
+        with whole_file(path) as file:
+            figure.savefig(file, format=path.suffix[1:].lower() or "png")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
     except ValueError as error:  # matplotlib's list of formats
         raise UserError(f"cannot draw {path}: {str(error).rstrip('.')}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
     return path

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from gpt2.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from gpt2.config import Config, DataConfig, GPTConfig, OptimConfig, RunConfig
 from gpt2.errors import UserError
 
 
 def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, micro_batch_size: int, **optim: float) -> Config:
     return Config(
-        model=ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd),
+        model=GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd),
         data=DataConfig(micro_batch_size=micro_batch_size),
         optim=OptimConfig(**optim),  # type: ignore[arg-type]
         run=RunConfig(run_dir=Path("runs") / name),
@@ -43,7 +43,7 @@ def presets() -> dict[str, tuple[str, Config]]:
         "quickstart": (
             "a small GPT on the documentation in Python's own library: minutes on a laptop's CPU",
             Config(
-                model=ModelConfig(n_layer=6, n_head=4, n_embd=256, block_size=256),
+                model=GPTConfig(n_layer=6, n_head=4, n_embd=256, block_size=256),
                 data=DataConfig(
                     data=Path("data/pydocs"), micro_batch_size=8, total_batch_tokens=2048, val_tokens=16_384
                 ),
@@ -63,7 +63,7 @@ def presets() -> dict[str, tuple[str, Config]]:
         "shakespeare-char": (
             "TinyShakespeare character by character: minutes on a CPU, for studying what changes do",
             Config(
-                model=ModelConfig(
+                model=GPTConfig(
                     n_layer=6,
                     n_head=4,
                     n_embd=256,
@@ -104,7 +104,7 @@ def presets() -> dict[str, tuple[str, Config]]:
         "debug": (
             "a tiny GPT, seconds on anything: to see that all parts run",
             Config(
-                model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64),
+                model=GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64),
                 data=DataConfig(data=Path("data/pydocs"), micro_batch_size=4, total_batch_tokens=1024, val_tokens=4096),
                 optim=OptimConfig(learning_rate=1e-3, warmup_steps=5),
                 run=RunConfig(

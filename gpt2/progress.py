@@ -6,9 +6,18 @@ import sys
 import time
 from typing import TextIO
 
-from gpt2.metrics.console import duration
-
 _BAR_WIDTH = 24
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units: "42 s", "5 min 3 s", "5 h 12 min", "2 d 3 h"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    for small, large, small_name, large_name in ((1, 60, "s", "min"), (60, 3600, "min", "h")):
+        if whole < large * (60 if large == 60 else 48):
+            return f"{whole // large} {large_name} {whole % large // small} {small_name}"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 class TokenProgress:

@@ -22,8 +22,7 @@ from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
 from gpt2.figures import save_figure
 from gpt2.model.attention import recorded_weights
-from gpt2.model.gpt import GPT
-from gpt2.model.pretrained import load_pretrained
+from gpt2.model.gpt import GPT, load_pretrained
 
 MAX_TOKENS = 48
 """Longest prompt whose labels can still be read."""

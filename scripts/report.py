@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError, run_cli
+from gpt2.files import write_whole
 from gpt2.metrics.history import METRICS_FILE
 from gpt2.report.content import report
 from gpt2.report.runs import Run, open_run
@@ -61,9 +61,7 @@ def write_report(
     content = report(runs, price=price)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(f".{out.name}.part")
-        part.write_text(render(content, refresh=refresh), encoding="utf-8")
-        os.replace(part, out)
+        write_whole(out, render(content, refresh=refresh))
         written = [out]
         if png:
             from gpt2.report.plots import save_plots

@@ -21,8 +21,7 @@ from gpt2.generation.generate import stream
 from gpt2.generation.sampling import Sampling, seed_number
 from gpt2.generation.text_stream import TextStream
 from gpt2.model.cpu_inference import decoding_copy
-from gpt2.model.gpt import GPT
-from gpt2.model.pretrained import load_pretrained
+from gpt2.model.gpt import GPT, load_pretrained
 from gpt2.precision import resolve_dtype, set_matmul_precision
 from gpt2.tokens.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.tokens.dataset import write_dataset
+from gpt2.prepare.small_dataset import write_dataset
 from gpt2.tokens.tokenizer import CharTokenizer
 
 CHARS = "".join(map(chr, range(ord("A"), ord("Z") + 1))) + "abcdefghijklmnopqrstuvwxyz .,!?\n'"

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from gpt2.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from gpt2.config import Config, DataConfig, GPTConfig, OptimConfig, RunConfig
 from gpt2.metrics.recorder import Metrics
 
-TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
-GPT2 = ModelConfig()
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
+GPT2 = GPTConfig()
 WORDS = "the|of|and|model|language|a|is|<b>|&|</script>|to|in|that|it|can|people|1995|with|you"
 
 
@@ -27,7 +27,7 @@ def curve(step: int) -> float:
 def lines(
     *,
     dataset: str = "HuggingFaceFW/fineweb-edu",
-    model: ModelConfig = GPT2,
+    model: GPTConfig = GPT2,
     steps: int = 19073,
     until: int | None = None,
     first: int = 0,
@@ -169,7 +169,7 @@ def tiny(**options: Any) -> dict[str, Any]:
 
 
 def make_metrics(directory: Path, *, start_step: int = 0, **run: Any) -> Metrics:
-    config = Config(ModelConfig(), DataConfig(), run=RunConfig(max_steps=10, **run))
+    config = Config(GPTConfig(), DataConfig(), run=RunConfig(max_steps=10, **run))
     return Metrics(
         directory,
         config=config,

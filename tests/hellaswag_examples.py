@@ -9,7 +9,7 @@ import pytest
 import torch
 from repository import SHARED_DATA
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.hellaswag.examples import Example, parse_jsonl
 from gpt2.hellaswag.rows import Convention, render
 from gpt2.model.gpt import GPT
@@ -19,9 +19,9 @@ REAL = SHARED_DATA / "hellaswag_val.jsonl"
 needs_real = pytest.mark.skipif(not REAL.is_file(), reason=f"the real validation split is not at {REAL}")
 
 SHAPES = {
-    "gpt2": ModelConfig(n_layer=2, n_head=2, n_embd=32),
+    "gpt2": GPTConfig(n_layer=2, n_head=2, n_embd=32),
     # Rotary positions, windows and shared keys must not notice that endings share a row.
-    "variant": ModelConfig(
+    "variant": GPTConfig(
         n_layer=2,
         n_head=4,
         n_kv_head=2,
@@ -33,7 +33,7 @@ SHAPES = {
         tie_embeddings=False,
         logit_softcap=8.0,
     ),
-    "short": ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=24),
+    "short": GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=24),
 }
 
 
@@ -79,7 +79,7 @@ def real_examples(n: int) -> tuple[Example, ...]:
     return examples[:: len(examples) // n][:n]
 
 
-def make_model(config: ModelConfig, scale: float = 8.0) -> GPT:
+def make_model(config: GPTConfig, scale: float = 8.0) -> GPT:
     """Random weights, large enough that predictions are far from ties."""
     model = GPT(config).init_weights(0)
     with torch.no_grad():

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from gpt2.checkpoint.directory import Checkpoint, read_training
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.model.gpt import GPT
 from gpt2.tokens.tokenizer import CharTokenizer
 
-TINY = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=5)
+TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=5)
 TOKENIZER = CharTokenizer("abcde")
 
 

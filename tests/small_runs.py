@@ -18,7 +18,7 @@ import torch
 from repository import ROOT
 from safetensors.torch import load_file
 
-from gpt2.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from gpt2.config import Config, DataConfig, GPTConfig, OptimConfig, RunConfig
 from gpt2.distributed.world import World
 from gpt2.train.divergence import StopSignals
 from train_gpt2 import Run
@@ -26,7 +26,7 @@ from train_gpt2 import Run
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
 SMALL = Config(
-    model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=59),
+    model=GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=59),
     data=DataConfig(micro_batch_size=8, total_batch_tokens=512, val_tokens=1500),
     optim=OptimConfig(learning_rate=1e-2, warmup_steps=5),
     run=RunConfig(

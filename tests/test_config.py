@@ -5,12 +5,12 @@ from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
-from gpt2.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from gpt2.config import Config, DataConfig, GPTConfig, OptimConfig, RunConfig
 from gpt2.errors import UserError
 
 
 def test_defaults_are_gpt2_124m_and_its_recipe():
-    model, data, optim, run = ModelConfig(), DataConfig(), OptimConfig(), RunConfig()
+    model, data, optim, run = GPTConfig(), DataConfig(), OptimConfig(), RunConfig()
     assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (12, 12, 768, 1024)
     assert (model.vocab_size, model.padded_vocab_size, model.head_dim) == (50257, 50304, 64)
     assert data.total_batch_tokens == 2**19
@@ -37,7 +37,7 @@ def test_defaults_are_gpt2_124m_and_its_recipe():
 )
 def test_impossible_models_are_refused_with_the_value(settings, words):
     with pytest.raises(UserError, match=words):
-        ModelConfig(**settings)
+        GPTConfig(**settings)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_values_out_of_range_are_refused_by_name(kind, settings):
 @pytest.mark.parametrize(
     ("kind", "name", "some"),
     [
-        (ModelConfig, "position", "learned, rope, none"),
-        (ModelConfig, "activation", "gelu_tanh, gelu, relu, relu2, swiglu"),
-        (ModelConfig, "norm", "layernorm, rmsnorm"),
-        (ModelConfig, "norm_position", "pre, post"),
+        (GPTConfig, "position", "learned, rope, none"),
+        (GPTConfig, "activation", "gelu_tanh, gelu, relu, relu2, swiglu"),
+        (GPTConfig, "norm", "layernorm, rmsnorm"),
+        (GPTConfig, "norm_position", "pre, post"),
         (OptimConfig, "optimizer", "adamw, muon"),
         (OptimConfig, "schedule", "cosine, linear, wsd, constant"),
         (RunConfig, "dtype", "auto, bf16, tf32, fp32"),
@@ -85,10 +85,10 @@ def test_misspelt_choices_are_refused_with_the_right_ones(kind, name, some):
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        (ModelConfig, {"n_layer": "six"}),
-        (ModelConfig, {"n_layer": 6.0}),
-        (ModelConfig, {"bias": 1}),
-        (ModelConfig, {"window": "all"}),
+        (GPTConfig, {"n_layer": "six"}),
+        (GPTConfig, {"n_layer": 6.0}),
+        (GPTConfig, {"bias": 1}),
+        (GPTConfig, {"window": "all"}),
         (DataConfig, {"data": "here"}),
         (OptimConfig, {"learning_rate": True}),
         (OptimConfig, {"learning_rate": None}),
@@ -108,7 +108,7 @@ def test_whole_numbers_are_floats_too():
 def test_every_choice_of_the_settings_is_tested_above():
     marks = test_misspelt_choices_are_refused_with_the_right_ones.pytestmark
     tested = {(kind, name) for kind, name, _ in marks[0].args[1]}
-    kinds = (ModelConfig, DataConfig, OptimConfig, RunConfig)
+    kinds = (GPTConfig, DataConfig, OptimConfig, RunConfig)
     choices = {(k, n) for k in kinds for n, hint in get_type_hints(k).items() if get_origin(hint) is Literal}
     assert tested == choices
 
@@ -119,19 +119,19 @@ def test_a_batch_is_whole_sequences():
 
 
 def test_layer_windows():
-    assert ModelConfig(window=2000).layer_window(0) is None  # as long as the context: all of it
-    banded = ModelConfig(window=256, full_attention_every=4)
+    assert GPTConfig(window=2000).layer_window(0) is None  # as long as the context: all of it
+    banded = GPTConfig(window=256, full_attention_every=4)
     assert [banded.layer_window(layer) for layer in range(8)] == [256, 256, 256, None] * 2
 
 
 def test_swiglu_keeps_the_mlps_parameter_count():
-    plain, gated = ModelConfig(), ModelConfig(activation="swiglu")
+    plain, gated = GPTConfig(), GPTConfig(activation="swiglu")
     assert 3 * gated.mlp_hidden == pytest.approx(2 * plain.mlp_hidden, rel=0.03)
 
 
 def test_round_trip_through_json():
     config = Config(
-        model=ModelConfig(n_kv_head=4, window=128, position="rope"),
+        model=GPTConfig(n_kv_head=4, window=128, position="rope"),
         data=DataConfig(data=Path("some/where")),
         run=RunConfig(hellaswag_data=Path("h.jsonl"), run_dir=Path("runs/x"), spike_zscore=6.0),
     )
@@ -154,5 +154,5 @@ def test_load_says_what_is_wrong(tmp_path):
 
 
 def test_flags_are_flat_so_names_are_unique():
-    names = [f.name for part in (ModelConfig, DataConfig, OptimConfig, RunConfig) for f in dataclasses.fields(part)]
+    names = [f.name for part in (GPTConfig, DataConfig, OptimConfig, RunConfig) for f in dataclasses.fields(part)]
     assert len(names) == len(set(names))

@@ -25,12 +25,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.errors import UserError
+from gpt2.files import sha256_file, sync_directory, sync_file, write_whole
+from gpt2.model.gpt import GPT
 from gpt2.model.hf_format import state_dict_from_hf
 from gpt2.model.pretrained import save_pretrained
-from gpt2.tokens.manifest import sync_directory
-from gpt2.tokens.shard_file import sha256_file
 from gpt2.tokens.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -64,7 +64,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step_*") if (path / TRAINING).is_file())
 
 
-def write_checkpoint(directory: Path, checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenizer) -> Path:
+def write_checkpoint(directory: Path, checkpoint: Checkpoint, config: GPTConfig, tokenizer: Tokenizer) -> Path:
     """Write a checkpoint below `directory`, whole or not at all, and point `latest` to it.
 
     Raises:
@@ -88,7 +88,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, config: ModelConfi
             shutil.copymode(temporary / "config.json", path)
         files = {path.name: _describe_file(path) for path in sorted(temporary.iterdir())}
         training = {"format": FORMAT, **checkpoint.training, "files": files}
-        write_synced(temporary / TRAINING, json.dumps(training, indent=1).encode())
+        write_whole(temporary / TRAINING, json.dumps(training, indent=1))
         sync_directory(temporary)
         if final.exists():
             _supersede(final)
@@ -104,10 +104,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, config: ModelConfi
 
 def _point_to(path: Path) -> None:
     """Make `latest` name a checkpoint, and bring that and the checkpoint's own name to disk."""
-    pointer = path.with_name(f"{TEMPORARY}{LATEST}")
-    write_synced(pointer, f"{path.name}\n".encode())
-    os.replace(pointer, path.with_name(LATEST))
-    sync_directory(path.parent)
+    write_whole(path.with_name(LATEST), f"{path.name}\n")
 
 
 def _supersede(path: Path) -> Path:
@@ -140,17 +137,8 @@ def _is_vocabulary(name: str, tensor: Tensor) -> bool:
 
 def _describe_file(path: Path) -> dict[str, Any]:
     """Size and checksum of a file, which is synced to disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file and bring it to disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_training(path: Path) -> dict[str, Any]:
@@ -190,7 +178,7 @@ def verify_checkpoint(path: Path) -> None:
             raise UserError(f"{file} is not what was written: its checksum differs")
 
 
-def read_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:
+def read_checkpoint(path: Path, config: GPTConfig) -> Checkpoint:
     """Load a checkpoint into host memory.
 
     Args:
@@ -205,7 +193,7 @@ def read_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:
 
     training = read_training(path)
     try:
-        model = state_dict_from_hf(load_file(path / "model.safetensors"), config)
+        model = state_dict_from_hf(load_file(path / "model.safetensors"), config, GPT.state_shapes(config))
         optimizer = load_file(path / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"the checkpoint {path} is unreadable ({error})") from None

@@ -16,13 +16,13 @@ from gpt2.checkpoint.directory import (
     read_training,
     supersede_later,
     verify_checkpoint,
-    write_synced,
 )
-from gpt2.config import Config, ModelConfig
+from gpt2.config import Config, GPTConfig, config_difference
 from gpt2.errors import UserError
-from gpt2.metrics.history import config_difference
+from gpt2.files import write_whole
+from gpt2.model.gpt import GPT
 from gpt2.model.hf_format import config_from_hf
-from gpt2.model.pretrained import load_model, resolve_model
+from gpt2.model.pretrained import resolve_model
 
 CHANGEABLE = {
     *("data.total_batch_tokens", "data.val_tokens", "run.max_steps", "run.dtype", "run.deterministic"),
@@ -67,9 +67,7 @@ def check_config_change(old: Config, new: Config, where: Path) -> None:
 
 def write_config(config: Config, path: Path) -> None:
     """Write RUN/config.json, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    write_synced(temporary, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(config.to_dict(), indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Origin:
         weights: directory of the weights `--init-from` names; None: they are drawn, or a checkpoint's.
     """
 
-    model: ModelConfig
+    model: GPTConfig
     weights: Path | None
 
 
@@ -116,7 +114,7 @@ def find_origin(config: Config) -> Origin:
 def load_weights(origin: Origin) -> dict[str, Tensor]:
     """The weights a run starts from, whose origin has some, as `GPT.state_dict`; positions are cut to the context."""
     assert origin.weights is not None
-    state = load_model(origin.weights).state_dict()
+    state = GPT.from_pretrained(origin.weights).state_dict()
     if "wpe.weight" in state:
         state["wpe.weight"] = state["wpe.weight"][: origin.model.block_size]
     return state

@@ -16,7 +16,7 @@ from gpt2.checkpoint.directory import (
     verify_checkpoint,
     write_checkpoint,
 )
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.errors import UserError
 from gpt2.tokens.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ class CheckpointWriter:
     def __init__(
         self,
         directory: Path,
-        config: ModelConfig,
+        config: GPTConfig,
         tokenizer: Tokenizer,
         keep: int,
         keep_every: int,

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from gpt2.allocator import keep_freed_memory
-from gpt2.config import RunConfig
 from gpt2.errors import UserError
-from gpt2.model.compile import compile_model
-from gpt2.model.gpt import GPT
+from gpt2.files import write_whole
 
 T = TypeVar("T")
 
@@ -228,9 +223,7 @@ class WholeErrorFile(ErrorHandler):
         extra = {"py_callstack": "".join(traceback.format_exception(e)), "timestamp": str(int(time.time()))}
         message = {"message": f"{type(e).__name__}: {e}", "extraInfo": extra}
         with suppress(OSError):  # the error itself matters more
-            with open(path + ".writing", "w", encoding="utf-8") as file:
-                json.dump({"message": message}, file)
-            os.replace(path + ".writing", path)
+            write_whole(Path(path), json.dumps({"message": message}), sync=False)
 
 
 def shorten_timeout() -> None:
@@ -238,74 +231,3 @@ def shorten_timeout() -> None:
     if dist.is_initialized():
         # No public function changes a living group's time-out; torchtitan calls this one too.
         dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, dist.group.WORLD)
-
-
-def parallelize(model: GPT, config: RunConfig, world: World, dtype: str, grad_accum_steps: int) -> nn.Module:
-    """What happens to a model before it trains, in the one order that works: checkpoint, compile, distribute.
-
-    Args:
-        model: on its device, all weights in place; the optimizer is made afterwards, of its parameters.
-        config: says what is wanted.
-        world: the processes.
-        dtype: of `gpt2.precision.resolve_dtype`.
-        grad_accum_steps: forward and backward passes a step.
-
-    Returns:
-        The module to call for a loss; `model` itself goes on serving evaluation, sampling and checkpoints.
-    """
-    model.activation_checkpointing = config.activation_checkpointing
-    if config.compile:
-        compile_model(model)
-    if config.parallel == "fsdp":
-        return _shard(model, dtype)
-    if world.size == 1:
-        return model
-    # The buffers are constants, RoPE's angles. PyTorch 2.13 renamed the option that leaves them alone.
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    keep_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    # After a start's first step DDP puts gradients into other buckets, in the order in which they came: over more than
-    # two processes sums then round differently, and a resumed run would not be bitwise the same. It leaves the buckets
-    # alone where it looks for parameters without a gradient; there are none, of which it warns once.
-    fixed_buckets = config.deterministic
-    return DistributedDataParallel(
-        model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        **keep_buffers,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=fixed_buckets,
-        static_graph=grad_accum_steps == 1 and not fixed_buckets,  # no_sync changes what a backward pass does
-    )
-
-
-def _shard(model: GPT, dtype: str) -> nn.Module:
-    """FSDP2: each block's weights are gathered when it runs, gradients are summed in fp32."""
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if dtype == "bf16" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    for block in model.h:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    register_fsdp_forward_method(model, "hidden")  # evaluation and sampling enter there
-    return model
-
-
-def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """The context of a micro-step's forward and backward pass: gradients are reduced in the step's last one only."""
-    if isinstance(model, DistributedDataParallel):
-        return nullcontext() if last else model.no_sync()
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    return nullcontext()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every process must ask for it at the same time."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def place_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, equal in all processes, on a parameter's device and sharded as it is."""
-    moved = tensor.to(parameter.device, copy=True)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return moved

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from gpt2.errors import UserError
 from gpt2.generation.sampling import Sampling, choose, filter_logits, row_generators
-from gpt2.model.attention import KVCache, varying_backends
+from gpt2.model.attention import KVCache
+from gpt2.model.attention_kernels import varying_backends
 from gpt2.model.cpu_inference import decoding_copy
 from gpt2.model.gpt import GPT
 

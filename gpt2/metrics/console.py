@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from gpt2.progress import duration
+
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
@@ -35,17 +37,6 @@ class Status:
     """Steps until the next evaluation."""
     shares: Mapping[str, float]
     """Parts of the wall time since the last logged step that went into each phase, training aside."""
-
-
-def duration(seconds: float) -> str:
-    """A time span in its two largest units: "42 s", "5 min 3 s", "5 h 12 min", "2 d 3 h"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    for small, large, small_name, large_name in ((1, 60, "s", "min"), (60, 3600, "min", "h")):
-        if whole < large * (60 if large == 60 else 48):
-            return f"{whole // large} {large_name} {whole % large // small} {small_name}"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def parts(status: Status, *, smoothed: bool) -> list[str]:

@@ -112,21 +112,3 @@ def read_metrics(path: Path) -> History:
         everything=tuple(line.record for line in lines),
         torn=len(parsed) - len(lines),
     )
-
-
-def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Settings that differ, as {"part.name": [old, new]}; None stands for one that is missing.
-
-    Args:
-        old: of `Config.to_dict`.
-        new: likewise.
-    """
-    flat_old, flat_new = (
-        {f"{part}.{name}": value for part, values in config.items() for name, value in values.items()}
-        for config in (old, new)
-    )
-    return {
-        name: [flat_old.get(name), flat_new.get(name)]
-        for name in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(name) != flat_new.get(name)
-    }

@@ -17,29 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError
+from gpt2.files import lock
 from gpt2.metrics.history import live_lines, parse_lines
-
-
-def lock(file: FileIO, *, shared: bool = False) -> bool:
-    """Claim an open file until it is closed or its process dies; False if somebody else holds it.
-
-    True as well where the system or file system knows no locks.
-
-    Args:
-        file: to claim.
-        shared: not against others who share it: readers, who only ask whether somebody writes.
-    """
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _strict(value: Any) -> Any:

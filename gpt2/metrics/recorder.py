@@ -15,22 +15,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from gpt2.config import Config
+from gpt2.config import Config, config_difference
 from gpt2.errors import UserError
 from gpt2.hardware import environment, memory_bytes, peak_flops
 from gpt2.metrics import reference
 from gpt2.metrics.console import Status, open_console
-from gpt2.metrics.history import METRICS_FILE, config_difference
+from gpt2.metrics.history import METRICS_FILE
 from gpt2.metrics.jsonl import MetricsFile
 from gpt2.metrics.phase_clock import PHASES, Phase, PhaseClock
 from gpt2.metrics.trackers import Guarded, TensorBoard, Tracker, Wandb, new_run_id, resolve_wandb_mode
-
-if TYPE_CHECKING:
-    from gpt2.hellaswag.score import Result as HellaSwagResult
 
 EndReason = Literal["finished", "stopped", "nonfinite", "spike", "error"]
 
@@ -230,25 +227,36 @@ class Metrics:
         beside = reference.loss_beside_gpt2(self.corpus, self.size, loss, val_tokens)
         self._stand_out(step, text if beside is None else f"{text} | {beside}")
 
-    def hellaswag(self, step: int, result: HellaSwagResult) -> None:
-        """Record a HellaSwag evaluation."""
+    def hellaswag(
+        self, step: int, *, convention: str, acc: float, acc_norm: float, stderr: float, examples: int
+    ) -> None:
+        """Record a HellaSwag evaluation.
+
+        Args:
+            step: steps finished.
+            convention: "completion" or "harness".
+            acc: accuracy by the sum of log-probabilities.
+            acc_norm: accuracy after dividing by the ending's length.
+            stderr: standard error of acc_norm.
+            examples: how many were scored.
+        """
         self._write(
             "hellaswag",
             step,
             {
                 "tokens": self._tokens(step),
-                "acc": result.acc,
-                "acc_norm": result.acc_norm,
-                "stderr": result.acc_norm_stderr,
-                "examples": result.examples,
-                "convention": result.convention,
+                "acc": acc,
+                "acc_norm": acc_norm,
+                "stderr": stderr,
+                "examples": examples,
+                "convention": convention,
             },
         )
-        self._scalars(step, {"hellaswag/acc": result.acc, "hellaswag/acc_norm": result.acc_norm})
-        text = f"HellaSwag {result.acc_norm:.2%} ± {result.acc_norm_stderr:.2%}, {result.examples:,} examples"
+        self._scalars(step, {"hellaswag/acc": acc, "hellaswag/acc_norm": acc_norm})
+        text = f"HellaSwag {acc_norm:.2%} ± {stderr:.2%}, {examples:,} examples"
         beside = None
-        if result.convention == "completion":
-            beside = reference.hellaswag_beside_gpt2(self.size, result.acc_norm)
+        if convention == "completion":
+            beside = reference.hellaswag_beside_gpt2(self.size, acc_norm)
         self._stand_out(step, text if beside is None else f"{text} | {beside}")
 
     def sample(self, step: int, prompt: str, text: str) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt2.config import ModelConfig
-from gpt2.model.attention_kernels import tiled_attention
+from gpt2.config import GPTConfig
+from gpt2.model.attention_kernels import (
+    attention_mask,
+    flex_window_attention,
+    masked_attention,
+    plain_attention,
+    tiled_attention,
+)
 
 MAX_SCORES = 2**26
 """Of `masked_attention`, which has them all in memory at a time: 128 MiB in bf16."""
@@ -29,7 +34,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: GPTConfig,
         batch_size: int,
         max_length: int,
         device: torch.device | str,
@@ -65,7 +70,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE's angles, each (block_size, head_dim / 2), fp32. Su et al. 2021, equation 15."""
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -77,125 +82,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i + head_dim/2}) of (B, n, T, head_dim) by angles (B or 1, 1, T, head_dim / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
-
-
-def attention_mask(
-    query_positions: Tensor, key_positions: Tensor, window: int | None, mask: Tensor | None = None
-) -> Tensor:
-    """Which key each query sees: not the future, not what lies `window` or more tokens back, only what `mask` allows.
-
-    Args:
-        query_positions: (B or 1, T).
-        key_positions: (B or 1, S).
-        window: keys a query sees, itself included; None: all before it.
-        mask: (B or 1, T, S) bool, a further condition (True: may see), such as padding or packed sequences.
-
-    Returns:
-        (B or 1, 1, T, S) bool.
-    """
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    visible = distance >= 0
-    if window is not None:
-        visible &= distance < window
-    if mask is not None:
-        visible = visible & mask
-    return visible[:, None]
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition, as slow as it is readable: softmax(q kᵀ / √head_dim) v in fp32. The oracle of the tests.
-
-    Args:
-        q: (B, n_head, T, head_dim).
-        k: (B, n_kv_head, S, head_dim); each serves n_head / n_kv_head neighbouring query heads.
-        v: as k.
-        mask: (B or 1, 1, T, S) bool, True where a query may look.
-
-    Returns:
-        The mixed values (B, n_head, T, head_dim) in q's dtype, and the weights (B, n_head, T, S), fp32.
-    """
-    groups = q.size(1) // k.size(1)
-    k = k.float().repeat_interleave(groups, dim=1)
-    v = v.float().repeat_interleave(groups, dim=1)
-    scores = q.float() @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, nh, T, S)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return (weights @ v).to(q.dtype), weights
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`plain_attention` in the inputs' type: two products, and a softmax that sums in fp32.
-
-    On a CPU in bf16 it takes two thirds of the flash kernel's time, which gains nothing from being given a mask.
-
-    Args:
-        q: (B, n_head, T, head_dim).
-        k: (B, n_kv_head, S, head_dim).
-        v: as k.
-        mask: (B or 1, 1, T, S) bool, True where a query may look. One that may look nowhere gets something finite.
-    """
-    groups = q.size(1) // k.size(1)
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
-    # Not -∞, of which a whole row makes NaN; half, so that no score added to it makes one.
-    low = torch.finfo(q.dtype).min / 2
-    scores += torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, low)
-    return scores.softmax(dim=-1) @ v
-
-
-def flex_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Sliding-window attention by FlexAttention, which skips the blocks of keys that no query of a block sees.
-
-    Fast only under torch.compile, on CUDA. Dong et al. 2024.
-
-    Args:
-        q: (B, n_head, T, head_dim).
-        k: (B, n_kv_head, T, head_dim), of the same tokens.
-        v: as k.
-        window: keys a query sees, itself included.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query - key < window)
-
-    T = q.size(2)
-    blocks = create_block_mask(visible, None, None, T, T, device=q.device)
-    y = flex_attention(q, k, v, block_mask=blocks, enable_gqa=k.size(1) != q.size(1))
-    assert isinstance(y, Tensor)  # it returns more only when asked to
-    return y
-
-
-def training_backends(device: torch.device) -> AbstractContextManager[None]:
-    """The context to train in: which of SDPA's kernels come first.
-
-    On Hopper and Blackwell (sm_90, sm_100) cuDNN's comes first: it was written for their tensor cores, PyTorch's flash
-    kernel for the generation before. It plans anew for every shape, so the context is for batches that all look alike;
-    others have `varying_backends`.
-
-    Args:
-        device: computed on; other than CUDA there is nothing to choose.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if torch.cuda.get_device_capability(device)[0] in (9, 10):
-        order[:2] = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
-    context: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
-    return context
-
-
-def varying_backends(device: torch.device) -> AbstractContextManager[None]:
-    """The context to score and sample in, where shapes change from call to call: without cuDNN, which plans for each.
-
-    Args:
-        device: computed on; other than CUDA there is nothing to choose.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    context: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
-    return context
 
 
 @contextmanager
@@ -218,7 +104,7 @@ def recorded_weights(model: nn.Module) -> Iterator[list[Tensor]]:
 class CausalSelfAttention(nn.Module):
     """Multi-head attention over the past, from the residual stream back into it."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim

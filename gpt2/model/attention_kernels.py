@@ -1,23 +1,147 @@
-"""Causal attention from matrix products, for training on a CPU under torch.compile.
+"""Ways to compute attention: its definition, masked products, FlexAttention, tiles; the order of SDPA's kernels.
 
-PyTorch's flash kernel for CPUs multiplies 32 × 512 blocks one at a time, at a fifth of the rate of a large product.
-Here a *tile* of queries meets all the keys it may see in one product, and the compiler makes one kernel of what lies
-between two products. As in flash attention (Dao et al. 2022), what is kept for the backward pass is one number a query,
-the logarithm of its softmax's denominator; weights are computed again from it, never kept. A tile does not multiply the
-keys that none of its queries sees: not the future, nor what a sliding window has left behind.
+`gpt2.model.attention` chooses among them, and PyTorch's `scaled_dot_product_attention`, by what it computes where.
+
+**Tiles**, for training on a CPU in bf16 under torch.compile. PyTorch's flash kernel for CPUs multiplies 32 × 512 blocks
+one at a time, at a fifth of the rate of a large product. Here a *tile* of queries meets all the keys it may see in one
+product, and the compiler makes one kernel of what lies between two products. As in flash attention (Dao et al. 2022),
+what is kept for the backward pass is one number per query, the logarithm of its softmax's denominator; weights are
+computed again from it, never kept. A tile does not multiply the keys that none of its queries sees: not the future, nor
+what a sliding window has left behind.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 TILE = 256
 """Queries at a time. Smaller ones skip more of the future, but take longer to compile, and multiply more slowly."""
+
+
+def attention_mask(
+    query_positions: Tensor, key_positions: Tensor, window: int | None, mask: Tensor | None = None
+) -> Tensor:
+    """Which key each query sees: not the future, not what lies `window` or more tokens back, only what `mask` allows.
+
+    Args:
+        query_positions: (B or 1, T).
+        key_positions: (B or 1, S).
+        window: keys a query sees, itself included; None: all before it.
+        mask: (B or 1, T, S) bool, a further condition (True: may see), such as padding or packed sequences.
+
+    Returns:
+        (B or 1, 1, T, S) bool.
+    """
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    if mask is not None:
+        visible = visible & mask
+    return visible[:, None]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, as slow as it is readable: softmax(q kᵀ / √head_dim) v in fp32. The oracle of the tests.
+
+    Args:
+        q: (B, n_head, T, head_dim).
+        k: (B, n_kv_head, S, head_dim); each serves n_head / n_kv_head neighbouring query heads.
+        v: as k.
+        mask: (B or 1, 1, T, S) bool, True where a query may look.
+
+    Returns:
+        The mixed values (B, n_head, T, head_dim) in q's dtype, and the weights (B, n_head, T, S), fp32.
+    """
+    groups = q.size(1) // k.size(1)
+    k = k.float().repeat_interleave(groups, dim=1)
+    v = v.float().repeat_interleave(groups, dim=1)
+    scores = q.float() @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, nh, T, S)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return (weights @ v).to(q.dtype), weights
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`plain_attention` in the inputs' type: two products, and a softmax that sums in fp32.
+
+    On a CPU in bf16 it takes two thirds of the flash kernel's time, which gains nothing from being given a mask.
+
+    Args:
+        q: (B, n_head, T, head_dim).
+        k: (B, n_kv_head, S, head_dim).
+        v: as k.
+        mask: (B or 1, 1, T, S) bool, True where a query may look. One that may look nowhere gets something finite.
+    """
+    groups = q.size(1) // k.size(1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
+    # Not -∞, of which a whole row makes NaN; half, so that no score added to it makes one.
+    low = torch.finfo(q.dtype).min / 2
+    scores += torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, low)
+    return scores.softmax(dim=-1) @ v
+
+
+def flex_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Sliding-window attention by FlexAttention, which skips the blocks of keys that no query of a block sees.
+
+    Fast only under torch.compile, on CUDA. Dong et al. 2024.
+
+    Args:
+        q: (B, n_head, T, head_dim).
+        k: (B, n_kv_head, T, head_dim), of the same tokens.
+        v: as k.
+        window: keys a query sees, itself included.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < window)
+
+    T = q.size(2)
+    blocks = create_block_mask(visible, None, None, T, T, device=q.device)
+    y = flex_attention(q, k, v, block_mask=blocks, enable_gqa=k.size(1) != q.size(1))
+    assert isinstance(y, Tensor)  # it returns more only when asked to
+    return y
+
+
+def training_backends(device: torch.device) -> AbstractContextManager[None]:
+    """The context to train in: which of SDPA's kernels come first.
+
+    On Hopper and Blackwell (sm_90, sm_100) cuDNN's comes first: it was written for their tensor cores, PyTorch's flash
+    kernel for the generation before. It plans anew for every shape, so the context is for batches that all look alike;
+    others have `varying_backends`.
+
+    Args:
+        device: computed on; other than CUDA there is nothing to choose.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if torch.cuda.get_device_capability(device)[0] in (9, 10):
+        order[:2] = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    context: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
+    return context
+
+
+def varying_backends(device: torch.device) -> AbstractContextManager[None]:
+    """The context to score and sample in, where shapes change from call to call: without cuDNN, which plans for each.
+
+    Args:
+        device: computed on; other than CUDA there is nothing to choose.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    context: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
+    return context
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:

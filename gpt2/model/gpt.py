@@ -13,14 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2.config import ModelConfig
-from gpt2.model.attention import CausalSelfAttention, KVCache, attention_mask, rotary_tables
+from gpt2.config import GPTConfig
+from gpt2.errors import UserError
+from gpt2.model.attention import CausalSelfAttention, KVCache, rotary_tables
+from gpt2.model.attention_kernels import attention_mask
+from gpt2.model.hf_format import state_dict_from_hf
 from gpt2.model.loss import Softmax, linear_cross_entropy, softcap, softmax_tiled_
+from gpt2.model.pretrained import load_tokenizer, read_model, resolve_model
+from gpt2.tokens.tokenizer import Tokenizer
 
 INIT_STD = 0.02
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: GPTConfig) -> nn.Module:
     """The configured normalisation over the width; ε is GPT-2's 1e-5."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=1e-5)
@@ -30,7 +35,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 class MLP(nn.Module):
     """Two matrices with a non-linearity between; swiglu's first one makes the gate too."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.activation = config.activation
         self.dropout = config.dropout
@@ -58,7 +63,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.post_norm = config.norm_position == "post"
         self.ln_1 = make_norm(config)
@@ -92,7 +97,7 @@ class GPT(nn.Module):
     rotary_cos: Tensor
     rotary_sin: Tensor
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute each block's activations in the backward pass
@@ -119,11 +124,18 @@ class GPT(nn.Module):
             device: where its weights go.
 
         Raises:
-            gpt2.errors.UserError: no such model, or one this class cannot compute.
+            UserError: no such model, or one this class cannot compute.
         """
-        from gpt2.model.pretrained import load_model, resolve_model  # they import this module
+        config, tensors = read_model(resolve_model(spec))
+        model = cls(config)
+        model.load_state_dict(state_dict_from_hf(tensors, config, cls.state_shapes(config)))
+        return model.to(device).eval()
 
-        return load_model(resolve_model(spec), device)
+    @classmethod
+    def state_shapes(cls, config: GPTConfig) -> dict[str, torch.Size]:
+        """Names and shapes of `state_dict()` of a model that need not exist."""
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
@@ -254,3 +266,24 @@ class GPT(nn.Module):
             keys = window - window * window / (2 * T)  # mean keys a query sees: T/2 without a window
             attention += 12 * config.n_embd * keys
         return 6 * n + attention
+
+
+def load_pretrained(spec: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
+    """A model and its tokenizer.
+
+    Args:
+        spec: a run, a checkpoint, a directory of `transformers`' GPT-2, or a name on the Hugging Face Hub ("gpt2").
+        device: where the weights go, in fp32.
+
+    Raises:
+        UserError: no such model, one that does not fit this architecture, or one of an unknown vocabulary.
+    """
+    directory = resolve_model(spec)
+    tokenizer = load_tokenizer(directory)
+    model = GPT.from_pretrained(directory, device)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise UserError(
+            f"{directory}: the model has {model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}; "
+            "GPT.from_pretrained opens such a model without a tokenizer"
+        )
+    return model, tokenizer

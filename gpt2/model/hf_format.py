@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.errors import UserError
-from gpt2.model.gpt import GPT
 from gpt2.tokens.tokenizer import Tokenizer, tokenizer_to_dict
 
 OUR_KEY = "repro_gpt2"
@@ -59,11 +58,11 @@ _BUFFERS = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$")  # causal masks that ol
 _HF_DEFAULTS = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
 
 
-def _defaults(config: ModelConfig) -> dict[str, Any]:
+def _defaults(config: GPTConfig) -> dict[str, Any]:
     return {field.name: field.default for field in fields(config)}
 
 
-def not_in_transformers(config: ModelConfig) -> list[str]:
+def not_in_transformers(config: GPTConfig) -> list[str]:
     """What of a variant `transformers`' GPT-2 cannot compute, as "name=value"; empty if it can open the model."""
     values = asdict(config)
     if config.kv_heads == config.n_head:
@@ -76,7 +75,7 @@ def not_in_transformers(config: ModelConfig) -> list[str]:
     return odd
 
 
-def config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def config_to_hf(config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """`config.json` of a model: `transformers`' GPT-2 fields, and ours under the key `repro_gpt2`.
 
     Args:
@@ -95,7 +94,7 @@ def config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, 
         ours["tokenizer"] = tokenizer_to_dict(tokenizer)
     eot = None if tokenizer is None else tokenizer.eot_token
     # GPT2LMHeadModel looks the activation up by name, whatever the model type says: this name makes it stop.
-    refusal = f"not GPT-2 but a variant ({', '.join(odd)}): open it with gpt2.model.pretrained.load_pretrained"
+    refusal = f"not GPT-2 but a variant ({', '.join(odd)}): open it with gpt2.GPT.from_pretrained"
     return {
         "model_type": OUR_KEY if odd else "gpt2",
         "architectures": ["ReproGPT2Variant" if odd else "GPT2LMHeadModel"],
@@ -119,7 +118,7 @@ def config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, 
     }
 
 
-def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+def config_from_hf(raw: Mapping[str, Any]) -> GPTConfig:
     """The model that a `config.json` describes.
 
     Args:
@@ -157,7 +156,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     values["dropout"] = rates[0]
     values["tie_embeddings"] = raw.get("tie_word_embeddings", True)
     try:
-        config = ModelConfig(**values)
+        config = GPTConfig(**values)
     except TypeError as error:
         raise UserError(f"config.json holds a value of the wrong type: {error}") from None
     if raw.get("n_inner") not in (None, config.mlp_hidden):
@@ -165,7 +164,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-def state_dict_to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def state_dict_to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Tensors of `GPT.state_dict()` in `transformers`' names and layout.
 
     Args:
@@ -191,16 +190,21 @@ def state_dict_to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def state_dict_from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def state_dict_from_hf(
+    tensors: Mapping[str, Tensor], config: GPTConfig, expected: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
     """The inverse of `state_dict_to_hf`, in fp32, for `GPT.load_state_dict`.
 
     Old files are understood too: names without `transformer.`, a stored copy of the tied head, causal masks.
 
+    Args:
+        tensors: by the names of the file.
+        config: the model's.
+        expected: the model's own names and shapes, as `GPT.state_shapes` returns them.
+
     Raises:
         UserError: tensors missing, left over, of another shape or not floating-point, by name.
     """
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     given = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     given = {name: tensor for name, tensor in given.items() if not _BUFFERS.match(name)}
     if config.tie_embeddings and "wte.weight" in given:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.errors import UserError
-from gpt2.model.gpt import GPT
-from gpt2.model.hf_format import OUR_KEY, config_from_hf, config_to_hf, state_dict_from_hf, state_dict_to_hf
+from gpt2.model.hf_format import OUR_KEY, config_from_hf, config_to_hf, state_dict_to_hf
 from gpt2.tokens.tokenizer import (
     CharTokenizer,
     Tokenizer,
@@ -24,24 +23,12 @@ from gpt2.tokens.tokenizer import (
     tokenizer_from_dict,
 )
 
-__all__ = [
-    "config_from_hf",
-    "config_to_hf",
-    "load_model",
-    "load_pretrained",
-    "load_tokenizer",
-    "resolve_model",
-    "save_pretrained",
-    "state_dict_from_hf",
-    "state_dict_to_hf",
-]
-
 _OPENAI_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
 def save_pretrained(
-    directory: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer | None
+    directory: Path, state: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer | None
 ) -> None:
     """Write a model so that `transformers` opens the directory: weights, configuration, tokenizer.
 
@@ -142,34 +129,13 @@ def _download(name: str) -> Path:
     return path
 
 
-def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
-    """The model in a directory, in fp32, ready to evaluate. `GPT.from_pretrained` is this after `resolve_model`."""
-    config = config_from_hf(_read_json(directory / "config.json"))
-    state = state_dict_from_hf(_read_tensors(directory), config)
-    model = GPT(config)
-    model.load_state_dict(state)
-    return model.to(device).eval()
-
-
-def load_pretrained(spec: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
-    """A model and its tokenizer.
-
-    Args:
-        spec: as for `resolve_model`.
-        device: where the weights go, in fp32.
+def read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The configuration of the model in a directory, and its tensors by the names of its files.
 
     Raises:
-        UserError: no such model, one that does not fit this architecture, or one of an unknown vocabulary.
+        UserError: files are missing, damaged or outside the directory, or are not of a model this project computes.
     """
-    directory = resolve_model(spec)
-    tokenizer = load_tokenizer(directory)
-    model = load_model(directory, device)
-    if tokenizer.n_vocab != model.config.vocab_size:
-        raise UserError(
-            f"{directory}: the model has {model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}; "
-            "GPT.from_pretrained opens such a model without a tokenizer"
-        )
-    return model, tokenizer
+    return config_from_hf(_read_json(directory / "config.json")), _read_tensors(directory)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

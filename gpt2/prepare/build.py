@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from gpt2.errors import UserError
+from gpt2.files import lock, make_directory
 from gpt2.prepare.download import Fetcher
 from gpt2.prepare.job import Request, continued_manifest, new_manifest
 from gpt2.prepare.shard_builder import Assembler, Layout
 from gpt2.prepare.sources import FileProblem
 from gpt2.prepare.workers import Part, Unit, Units, Workers, assemble_units
 from gpt2.progress import TokenProgress
-from gpt2.tokens.dataset import make_directory
 from gpt2.tokens.fast_bpe import FastEncoder
-from gpt2.tokens.manifest import MANIFEST_NAME, Manifest, Position, load_manifest, save_manifest
+from gpt2.tokens.manifest import Manifest, Position, load_manifest, save_manifest
 from gpt2.tokens.tokenizer import gpt2_tokenizer
 from gpt2.tokens.verify import check_manifest
 
@@ -38,7 +36,7 @@ def prepare(request: Request, say: Callable[[str], None]) -> Manifest:
         UserError: the directory holds something else, the source is damaged or gone, the disk is full; what is
             finished by then is kept, and the same call continues.
     """
-    make_directory(request.directory)
+    make_directory(request.directory, "--out")
     try:
         with _only_one(request.manifest_path):
             return _prepare(request, say)
@@ -180,15 +178,9 @@ def _refuse_strangers(request: Request) -> None:
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
     """Hold a lock as long as this process makes what the manifest `path` describes."""
-    lock = path.with_name(f".{path.name}.lock")
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                yield  # a file system without locks
-                return
-            raise UserError(f"another process is at work in {path.parent}; wait for it, or end it") from error
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+        if not lock(file):
+            raise UserError(f"another process is at work in {path.parent}; wait for it, or end it")
         yield
 
 
@@ -199,26 +191,3 @@ def totals(manifest: Manifest) -> str:
         f"{s['train_tokens']:,} training and {s['val_tokens']:,} validation tokens, "
         f"{s['documents']:,} documents in {len(manifest.shards)} shards"
     )
-
-
-def reusable(directory: Path, source: dict[str, Any], tokenizer: str, suffix: str) -> Manifest | None:
-    """The manifest of a small data set that an earlier run of the same script finished; None where there is none.
-
-    Raises:
-        UserError: the directory holds another data set, or a damaged one.
-    """
-    path = directory / MANIFEST_NAME
-    if not path.exists():
-        return None
-    manifest = load_manifest(path)
-    if not manifest.complete:
-        return None
-    same = manifest.source.get("description") == source["description"] and manifest.tokenizer["name"] == tokenizer
-    if not same or any(not entry.file.endswith(suffix) for entry in manifest.shards):
-        raise UserError(
-            f"{directory} holds another data set ({manifest.source.get('description')}); choose another --out"
-        )
-    for check in check_manifest(directory, manifest):
-        if check.problem:
-            raise UserError(f"{check.path}: {check.problem}; delete {directory} and make it again")
-    return manifest

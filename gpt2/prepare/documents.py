@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2.errors import UserError
+from gpt2.errors import UserError, first_line
 
 SLICE_BYTES = 1 << 22  # of JSON lines and plain text: about a million tokens
 _BATCH_ROWS = 1000  # rows of a parquet file that are text in memory at one time
@@ -74,7 +74,7 @@ def _open_parquet(path: Path) -> Any:
         try:
             file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: cannot be read as parquet ({_first_line(error)})") from error
+            raise UserError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
         names = file.schema_arrow.names
         if "text" not in names:
             raise UserError(f"{path}: no column 'text', only {', '.join(names)}")
@@ -103,7 +103,7 @@ def _read_row_group(path: Path, unit: int) -> Iterator[Document]:
         try:
             batch = next(batches, None)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: row group {unit} is damaged ({_first_line(error)})") from error
+            raise UserError(f"{path}: row group {unit} is damaged ({first_line(error)})") from error
         if batch is None:
             return
         column = batch.column(0)
@@ -184,7 +184,3 @@ def _decode(data: bytes) -> Document:
         return Document(data.decode("utf-8"))
     except UnicodeDecodeError:
         return Document(data.decode("utf-8", errors="replace"), replaced=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]

@@ -26,9 +26,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gpt2.errors import UserError
+from gpt2.files import sha256_file
 from gpt2.prepare.documents import count_units
 from gpt2.prepare.sources import Source, SourceFile, decompress, kind_of, local_source
-from gpt2.tokens.shard_file import sha256_file
 
 _ATTEMPTS = 6
 RETRY_SECONDS = 1.0  # the first wait, on average; each is twice the one before

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError
+from gpt2.files import whole_file
 from gpt2.prepare.documents import parquet_text_bytes
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}
@@ -158,9 +159,8 @@ def _identity(path: Path) -> str:
 
 def decompress(path: Path, out: Path) -> None:
     """Write the content of a .gz or .zst file to `out`. UserError where it is damaged."""
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        with open(temporary, "wb") as target:
+        with whole_file(out, sync=False) as target:
             if path.suffix == ".gz":
                 with gzip.open(path) as plain:
                     shutil.copyfileobj(plain, target, 1 << 20)
@@ -170,10 +170,7 @@ def decompress(path: Path, out: Path) -> None:
                 with pyarrow.input_stream(str(path), compression="zstd") as plain:
                     while block := plain.read(1 << 20):
                         target.write(block)
-        os.replace(temporary, out)
     except (EOFError, OSError, ValueError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename != str(path):
             raise  # the disk, not the file
         raise UserError(f"{path} is damaged ({error}); replace it") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from gpt2.config import config_difference
 from gpt2.errors import UserError
+from gpt2.files import lock
 from gpt2.metrics import reference
-from gpt2.metrics.history import METRICS_FILE, History, config_difference, read_metrics
-from gpt2.metrics.jsonl import lock
+from gpt2.metrics.history import METRICS_FILE, History, read_metrics
 from gpt2.presets import presets
 
 SILENCE_SECONDS = 600.0

@@ -13,7 +13,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,10 @@ from gpt2.errors import UserError
 from gpt2.tokens.manifest import (
     MANIFEST_NAME,
     Manifest,
-    ShardEntry,
-    describe_tokenizer,
     foreign_fingerprint,
-    length_bin,
     load_manifest,
-    save_manifest,
 )
-from gpt2.tokens.shard_file import ShardHeader, ShardWriter, read_header
+from gpt2.tokens.shard_file import ShardHeader, read_header
 from gpt2.tokens.tokenizer import Tokenizer, gpt2_tokenizer, tokenizer_from_dict
 
 SHARD_TOKENS = 100_000_000
@@ -230,86 +226,3 @@ def _foreign_paths(directory: Path) -> dict[str, list[Path]]:
     if len({path.suffix for paths in splits.values() for path in paths}) > 1:
         raise UserError(f"{directory} mixes .npy and .bin shards; keep one data set a directory")
     return splits
-
-
-def make_directory(directory: Path) -> None:
-    """Make a directory for shards where it is missing. UserError where it cannot be made or written to."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror}; choose another --out") from error
-    if not os.access(directory, os.W_OK):
-        raise UserError(f"cannot write to {directory}: permission denied; choose another --out")
-
-
-def write_dataset(
-    directory: Path | str,
-    train_tokens: np.ndarray | list[int],
-    val_tokens: np.ndarray | list[int],
-    tokenizer: Tokenizer,
-    *,
-    name: str = "tokens",
-    source: dict[str, Any] | None = None,
-    shard_tokens: int = SHARD_TOKENS,
-    suffix: str = ".npy",
-) -> Dataset:
-    """Write tokens held in memory as a complete data set, and open it.
-
-    Args:
-        directory: made where it is missing; must not hold another finished data set.
-        train_tokens: 1-D, ids below `tokenizer.n_vocab`.
-        val_tokens: likewise; becomes shard 0.
-        tokenizer: goes into the manifest.
-        name: prefix of the shards' names.
-        source: where the text is from, for the manifest.
-        shard_tokens: tokens a training shard.
-        suffix: ".npy" or ".bin".
-
-    Raises:
-        UserError: the directory holds another data set, or a split is empty.
-    """
-    directory = Path(directory)
-    make_directory(directory)
-    path = directory / MANIFEST_NAME
-    if not path.exists():
-        if any(p.suffix in (".npy", ".bin") for p in directory.iterdir()):
-            raise UserError(f"{directory} holds shards of another origin; choose an empty directory")
-    elif load_manifest(path).complete:
-        raise UserError(f"{directory} holds a finished data set; choose another directory or delete it")
-    described, dtype = describe_tokenizer(tokenizer)
-    manifest = Manifest(name, False, source or {}, described, dtype)
-    save_manifest(path, manifest)  # unfinished: whoever opens the directory now is told so
-    splits = {"val": np.asarray(val_tokens), "train": np.asarray(train_tokens)}
-    places = [("val", 0), *(("train", start) for start in range(0, max(len(splits["train"]), 1), shard_tokens))]
-    shards = []
-    for index, (split, start) in enumerate(places):
-        stop = start + shard_tokens if split == "train" else len(splits["val"])
-        tokens = splits[split][start:stop]
-        if tokens.ndim != 1 or not tokens.size:
-            raise UserError(f"no {split} tokens to write to {directory}; give more text")
-        if not 0 <= tokens.min() <= tokens.max() < tokenizer.n_vocab:
-            raise ValueError(f"{split} tokens are not ids below {tokenizer.n_vocab}")
-        shard_path = directory / f"{name}_{split}_{index:06d}{suffix}"
-        with ShardWriter(shard_path, dtype, len(tokens)) as writer:
-            writer.append(tokens)
-            writer.finish()
-        shards.append(_entry_in_memory(shard_path.name, split, splits[split], start, stop, tokenizer, writer.sha256))
-    save_manifest(path, replace(manifest, complete=True, shards=tuple(shards)))
-    return open_dataset(directory)
-
-
-def _entry_in_memory(
-    file: str, split: str, tokens: np.ndarray, start: int, stop: int, tokenizer: Tokenizer, sha256: str
-) -> ShardEntry:
-    """Counts of the shard of `write_dataset` that holds `tokens[start:stop]` of a split's tokens."""
-    separator = tokenizer.eot_token is not None
-    starts = np.flatnonzero(tokens == tokenizer.eot_token) if separator else np.zeros(1, dtype=np.int64)
-    ends = np.append(starts[1:], len(tokens))[: len(starts)]
-    lengths: dict[int, int] = {}
-    for length in (ends - starts - separator)[(start < ends) & (ends <= stop)]:
-        edge = length_bin(int(length))
-        lengths[edge] = lengths.get(edge, 0) + 1
-    own = tokens[start:stop]
-    documents = int(((start <= starts) & (starts < stop)).sum())
-    text_bytes = len(tokenizer.decode_bytes(own[own != tokenizer.eot_token]))
-    return ShardEntry(file, split, len(own), documents, text_bytes, sha256, -1, dict(sorted(lengths.items())))

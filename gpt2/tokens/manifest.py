@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2.errors import UserError
+from gpt2.files import write_whole
 from gpt2.tokens.tokenizer import Tokenizer, tokenizer_to_dict
 
 MANIFEST_NAME = "manifest.json"
@@ -136,13 +136,7 @@ def save_manifest(path: Path, manifest: Manifest) -> None:
     if manifest.complete:
         content["statistics"] = manifest.statistics()
     data = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=False) + "\n"
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data.encode("utf-8", "surrogatepass"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    write_whole(path, data)
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -179,20 +173,6 @@ def foreign_fingerprint(files: Iterable[tuple[str, int]]) -> str:
 
 def _fingerprint(content: list[Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` survive a power cut, where the system lets one sync a directory."""
-    try:
-        handle = os.open(directory, os.O_RDONLY)
-    except OSError:  # Windows
-        return
-    try:
-        os.fsync(handle)
-    except OSError:  # some network file systems
-        pass
-    finally:
-        os.close(handle)
 
 
 def length_bin(length: int) -> int:

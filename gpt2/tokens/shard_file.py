@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2.errors import UserError
-from gpt2.tokens.manifest import sync_directory
+from gpt2.files import create, finish, hash_file, temporary_sibling
 
 _BIN_HEADER_BYTES = 256 * 4
 # dtype → (magic number, version) in words 0 and 1 of a `.bin` header; the token count is word 2.
@@ -91,7 +91,7 @@ def _header_bytes(suffix: str, tokens: int, dtype: np.dtype[Any]) -> bytes:
 class ShardWriter:
     """Write one shard: under a temporary name, then synced, then renamed. Use in a `with` block.
 
-    What is left when the block fails is removed; a kill leaves `.NAME.tmp`, which is never read.
+    What is left when the block fails is removed; a kill leaves `.NAME.PID.tmp`, which is never read.
 
     Args:
         path: final name, ending in .npy or .bin.
@@ -105,10 +105,10 @@ class ShardWriter:
         self.sha256 = ""
         self._dtype = np.dtype(dtype)
         self._expected = expected_tokens
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = temporary_sibling(path)
         self._hash = hashlib.sha256()
         header = _header_bytes(path.suffix, expected_tokens, self._dtype)
-        self._file = open(self._temporary, "wb+")  # noqa: SIM115 (closed by __exit__)
+        self._file = create(self._temporary)
         self._write(header)
 
     def __enter__(self) -> ShardWriter:
@@ -131,15 +131,10 @@ class ShardWriter:
             if self.tokens != self._expected:
                 self._file.seek(0)
                 self._file.write(_header_bytes(self.path.suffix, self.tokens, self._dtype))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        if self.tokens != self._expected:
-            self._file.seek(0)
-            self._hash = _hash_file(self._file)
-        self.sha256 = self._hash.hexdigest()
-        self._file.close()
-        os.replace(self._temporary, self.path)
-        sync_directory(self.path.parent)
+                self._file.seek(0)
+                self._hash = hash_file(self._file)
+            self.sha256 = self._hash.hexdigest()
+            finish(self._file, self._temporary, self.path)
 
     def _write(self, data: Any) -> None:
         with _full_disk_told(self.path):
@@ -157,17 +152,3 @@ def _full_disk_told(path: Path) -> Iterator[None]:
         raise UserError(
             f"disk full while writing {path}; make room and run the same command again: finished shards are kept"
         ) from error
-
-
-def _hash_file(file: Any) -> Any:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        digest: str = _hash_file(file).hexdigest()
-    return digest

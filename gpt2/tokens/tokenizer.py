@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpt2.errors import UserError
+from gpt2.files import write_whole
 from gpt2.tokens.fast_bpe import HARD_CASES, FastEncoder
 
 _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -273,8 +274,5 @@ def _download(name: str, cache_path: Path | None) -> bytes:
     if cache_path is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             cache_path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=cache_path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, cache_path)
+            write_whole(cache_path, data)
     return data

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt2.errors import UserError
-from gpt2.metrics.jsonl import lock
+from gpt2.files import lock
 
 MAX_SKIPS_IN_A_ROW = 5
 SPIKE_MEMORY = 0.98

@@ -111,7 +111,14 @@ class Evaluator:
                 metrics.message(f"HellaSwag is left out at step {step}: {error}")
             return
         if metrics is not None:
-            metrics.hellaswag(step, result)
+            metrics.hellaswag(
+                step,
+                convention=result.convention,
+                acc=result.acc,
+                acc_norm=result.acc_norm,
+                stderr=result.acc_norm_stderr,
+                examples=result.examples,
+            )
 
     def _draw_samples(self, step: int, metrics: Metrics | None) -> None:
         """Sample texts; a model that can't is only told, as rank 0 may be alone here."""

@@ -9,7 +9,7 @@ import torch
 
 from gpt2.config import Config
 from gpt2.distributed.world import World
-from gpt2.errors import UserError
+from gpt2.errors import UserError, first_line
 from gpt2.train.plan import device_memory, expected_memory
 
 # Of MPS, of the CPU allocator on Linux and on Windows; CUDA has an exception of its own.
@@ -21,11 +21,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without PyTorch's paragraphs behind it."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fitting_micro_batch(

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpt2.distributed.world import World, accumulating, whole
-from gpt2.model.attention import training_backends
+from gpt2.distributed.parallel import accumulating, whole
+from gpt2.distributed.world import World
+from gpt2.model.attention_kernels import training_backends
 from gpt2.precision import autocast
 from gpt2.train.divergence import StepGuard
 from gpt2.train.optim import step_unless

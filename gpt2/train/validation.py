@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.distributed.world import World
-from gpt2.model.attention import training_backends
+from gpt2.model.attention_kernels import training_backends
 from gpt2.model.loss import IGNORE
 from gpt2.tokens.loader import Blocks, on_host, to_device
 

@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from bench.common import Worker, add_model_arguments, configuration, positive, seconds, summary
 from gpt2.config import Config
-from gpt2.distributed.world import World, parallelize, world
+from gpt2.distributed.parallel import parallelize
+from gpt2.distributed.world import World, world
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.precision import resolve_dtype, set_matmul_precision

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.common import Worker, matmul_flops, positive, require_package, summary
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.distributed.world import World, pick_device
 from gpt2.errors import UserError
 from gpt2.hellaswag.download import load_examples
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Side:
     """One way to score; lives in a process of its own."""
 
-    def __init__(self, side: str, directory: str, config: ModelConfig, device: str, dtype: str, settings: Any):
+    def __init__(self, side: str, directory: str, config: GPTConfig, device: str, dtype: str, settings: Any):
         self.side = side
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
@@ -180,7 +180,7 @@ class Side:
         return np.array([log_prob for log_prob, _ in answers]).reshape(-1, 4), {}
 
 
-def flops(config: ModelConfig, tokenizer: GPT2Tokenizer, examples: tuple[Example, ...]) -> float:
+def flops(config: GPTConfig, tokenizer: GPT2Tokenizer, examples: tuple[Example, ...]) -> float:
     """Operations that scoring the examples needs: 2 a weight and token, attention over what a token may see."""
     rows = make_rows(examples, tokenizer, "completion", config.block_size).rows
     body = sum(p.numel() for p in GPT(config).h.parameters() if p.ndim == 2)

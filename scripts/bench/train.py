@@ -36,15 +36,15 @@ from bench.common import (
     summary,
 )
 from gpt2.config import Config
-from gpt2.distributed.world import World, parallelize, pick_device
-from gpt2.errors import UserError
+from gpt2.distributed.parallel import parallelize
+from gpt2.distributed.world import World, pick_device
+from gpt2.errors import UserError, first_line
 from gpt2.hardware import device_name, memory_bytes, peak_flops
 from gpt2.model.gpt import GPT
 from gpt2.model.hf_format import config_to_hf, not_in_transformers, state_dict_to_hf
 from gpt2.model.loss import plain_cross_entropy
 from gpt2.precision import autocast, resolve_dtype, set_matmul_precision
 from gpt2.train.optim import make_optimizers
-from gpt2.train.out_of_memory import first_line
 
 SIDES = ("ours", "plain", "compiled", "transformers")
 LEARNING_RATE = 1e-4

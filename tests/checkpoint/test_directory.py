@@ -23,7 +23,7 @@ from gpt2.checkpoint.directory import (
     verify_checkpoint,
     write_checkpoint,
 )
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 
@@ -133,7 +133,7 @@ def test_none_at_all(tmp_path: Path) -> None:
 def test_another_shape_is_refused(tmp_path: Path) -> None:
     (path,) = write(tmp_path, 1)
     with pytest.raises(UserError):
-        read_checkpoint(path, ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=5))
+        read_checkpoint(path, GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=5))
 
 
 def test_what_is_left_behind_is_set_aside(tmp_path: Path) -> None:

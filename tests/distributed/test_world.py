@@ -10,7 +10,8 @@ from repository import ROOT
 from small_runs import ALONE, finish
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from gpt2.distributed.world import WholeErrorFile, pick_device, place_like, whole, world
+from gpt2.distributed.parallel import place_like, whole
+from gpt2.distributed.world import WholeErrorFile, pick_device, world
 from gpt2.errors import UserError
 
 

@@ -14,7 +14,7 @@ import torch
 from hellaswag_examples import SHAPES, make_examples, make_model
 from repository import ROOT, load_script
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.hellaswag.examples import content_lines
@@ -109,7 +109,7 @@ def test_figures_stand_beside_the_published_ones_of_their_size() -> None:
         for convention in ("completion", "harness")
     }
     with torch.device("meta"):
-        shape124 = type(small)(ModelConfig())
+        shape124 = type(small)(GPTConfig())
     entries = [
         command.entry("a", Path("a"), model, result) for model in (small, shape124) for result in results.values()
     ]

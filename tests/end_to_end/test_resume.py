@@ -14,7 +14,8 @@ from small_runs import ALONE, assert_same_bits, losses, records, saved, small, t
 
 from gpt2.checkpoint.directory import list_checkpoints
 from gpt2.errors import UserError
-from gpt2.tokens.dataset import open_dataset, write_dataset
+from gpt2.prepare.small_dataset import write_dataset
+from gpt2.tokens.dataset import open_dataset
 from gpt2.train.divergence import StopSignals, lock_run
 from train_gpt2 import Run
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2.config import ModelConfig, RunConfig
-from gpt2.distributed.world import parallelize, world
+from gpt2.config import GPTConfig, RunConfig
+from gpt2.distributed.parallel import parallelize
+from gpt2.distributed.world import world
 from gpt2.errors import UserError
 from gpt2.generation.generate import generate, stream
 from gpt2.generation.sampling import Sampling
@@ -34,7 +35,7 @@ PROMPTS = [[1, 2, 3], [4], [7, 8, 9, 10, 11], [5, 6] * 10]  # the last is longer
 
 def build(**changes: Any) -> GPT:
     """A tiny model with weights large enough that its choices vary from token to token."""
-    model = GPT(ModelConfig(**{**TINY, **changes})).init_weights(1)
+    model = GPT(GPTConfig(**{**TINY, **changes})).init_weights(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

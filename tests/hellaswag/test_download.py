@@ -14,7 +14,8 @@ from hellaswag_examples import REAL, make_examples, needs_real
 
 import gpt2.hellaswag.download as data
 from gpt2.errors import UserError
-from gpt2.hellaswag.download import cache_directory, load_examples, write_atomically
+from gpt2.files import cache_directory
+from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, content_lines, content_sha256
 
 
@@ -105,16 +106,6 @@ def test_an_unwritable_cache_costs_nothing_but_time(
     monkeypatch.setattr(data, "_SOURCES", {"good": lambda split: small})
     assert load_examples() == small
     assert "cannot keep HellaSwag" in capsys.readouterr().err
-
-
-def test_writing_leaves_the_old_file_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "new" / "file"
-    write_atomically(path, b"old")
-    monkeypatch.setattr("os.replace", lambda *_: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
 def make_wheel(directory: Path, examples: tuple[Example, ...]) -> None:

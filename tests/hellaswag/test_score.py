@@ -19,8 +19,9 @@ from repository import ROOT
 from torch import Tensor
 
 import gpt2.hellaswag.download
-from gpt2.config import ModelConfig, RunConfig
-from gpt2.distributed.world import World, parallelize, world
+from gpt2.config import GPTConfig, RunConfig
+from gpt2.distributed.parallel import parallelize
+from gpt2.distributed.world import World, world
 from gpt2.errors import UserError
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example
@@ -328,7 +329,7 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
         score(model, ())
     with pytest.raises(UserError, match="50257"):
         evaluate(model, make_examples(1), CharTokenizer("ab"), world=ALONE)
-    small = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=65)).init_weights(0)
+    small = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=65)).init_weights(0)
     with pytest.raises(UserError, match="65"):
         score(small, make_examples(1))
     with torch.no_grad():
@@ -337,7 +338,7 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
         score(model, make_examples(2))
 
 
-def save_model(directory: Path, config: ModelConfig) -> GPT:
+def save_model(directory: Path, config: GPTConfig) -> GPT:
     from gpt2.model.pretrained import save_pretrained
 
     model = make_model(config)
@@ -345,7 +346,7 @@ def save_model(directory: Path, config: ModelConfig) -> GPT:
     return model
 
 
-def assert_equals_the_harness(directory: Path, config: ModelConfig, examples: tuple[Example, ...]) -> None:
+def assert_equals_the_harness(directory: Path, config: GPTConfig, examples: tuple[Example, ...]) -> None:
     """Log-probabilities, acc and acc_norm of every example as lm-evaluation-harness itself computes them."""
     pytest.importorskip("lm_eval")
     sys.path.insert(0, str(ROOT / "scripts"))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from fake_runs import encode, lines, tiny, write_restarted_run
 
-from gpt2.metrics.history import config_difference, live_lines, parse_lines, read_metrics
+from gpt2.config import config_difference
+from gpt2.metrics.history import live_lines, parse_lines, read_metrics
 from gpt2.metrics.jsonl import MetricsFile
 
 

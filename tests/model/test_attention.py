@@ -12,18 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.model import attention
-from gpt2.model.attention import (
-    CausalSelfAttention,
-    KVCache,
+from gpt2.model.attention import CausalSelfAttention, KVCache, recorded_weights, rotary_tables, rotate
+from gpt2.model.attention_kernels import (
     attention_mask,
     flex_window_attention,
     masked_attention,
     plain_attention,
-    recorded_weights,
-    rotary_tables,
-    rotate,
     training_backends,
     varying_backends,
 )
@@ -49,7 +45,7 @@ def one_query_at_a_time(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> 
 
 
 def layer(n_head: int = 4, n_kv_head: int = 4, window: int | None = None, dropout: float = 0.0) -> CausalSelfAttention:
-    config = ModelConfig(
+    config = GPTConfig(
         n_layer=1, n_head=n_head, n_embd=8 * n_head, block_size=64, n_kv_head=n_kv_head, window=window, dropout=dropout
     )
     return CausalSelfAttention(config, 0).eval()
@@ -110,7 +106,7 @@ def test_flex_attention_sees_the_same_window(n_kv_head: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_window_on_cuda_is_flex_attention_and_right() -> None:
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=128, block_size=256, vocab_size=64, window=32)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=128, block_size=256, vocab_size=64, window=32)
     model = GPT(config).init_weights(0).cuda()
     tokens = torch.randint(0, 64, (2, 256), device="cuda")
     expected = model(tokens, tokens)
@@ -179,7 +175,7 @@ def test_a_cpu_scores_masked_rows_in_bf16_by_products(monkeypatch: pytest.Monkey
 
 
 def test_rotation_is_multiplication_by_a_complex_number() -> None:
-    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, position="rope")
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, position="rope")
     cos, sin = rotary_tables(config)
     x = torch.randn(1, 2, 32, 8, generator=torch.Generator().manual_seed(0))
     rotated = rotate(x, cos, sin)
@@ -192,7 +188,7 @@ def test_rotation_is_multiplication_by_a_complex_number() -> None:
 
 
 def test_rope_scores_depend_on_the_distance_only() -> None:
-    config = ModelConfig(n_layer=1, n_head=1, n_embd=16, block_size=512, position="rope")
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=512, position="rope")
     cos, sin = rotary_tables(config)
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
 
@@ -220,7 +216,7 @@ def test_dropout_drops_attention_weights_in_training_only() -> None:
 
 
 def test_recorded_weights_are_those_of_the_pass_and_leave_no_trace() -> None:
-    config = ModelConfig(
+    config = GPTConfig(
         n_layer=3, n_head=4, n_embd=32, block_size=16, vocab_size=50, n_kv_head=2, window=4, full_attention_every=3
     )
     model = GPT(config).init_weights(0).eval()
@@ -239,14 +235,14 @@ def test_recorded_weights_are_those_of_the_pass_and_leave_no_trace() -> None:
 
 
 def test_recording_ends_when_the_pass_fails() -> None:
-    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=10))
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=10))
     with pytest.raises(IndexError), recorded_weights(model):
         model(torch.tensor([[11, 2000]]))
     assert all(block.attn.recorder is None for block in model.h)  # type: ignore[union-attr]
 
 
 def test_cache_returns_what_was_put_in() -> None:
-    config = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, n_kv_head=2)
+    config = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, n_kv_head=2)
     cache = KVCache(config, 3, 6, "cpu", torch.float32)
     assert cache.max_length == 6
     first, second = torch.randn(2, 3, 2, 2, 8)
@@ -264,7 +260,7 @@ def test_cache_returns_what_was_put_in() -> None:
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_cache_may_be_more_precise_than_the_model(window: int | None) -> None:
-    config = ModelConfig(n_layer=1, n_head=4, n_embd=32, block_size=16, n_kv_head=2, window=window)
+    config = GPTConfig(n_layer=1, n_head=4, n_embd=32, block_size=16, n_kv_head=2, window=window)
     attn = CausalSelfAttention(config, 0).to(torch.bfloat16).eval()
     cache = KVCache(config, 2, 9, "cpu", torch.float32)
     x = torch.randn(2, 9, 32, dtype=torch.bfloat16)
@@ -281,7 +277,7 @@ def test_a_cache_may_be_more_precise_than_the_model(window: int | None) -> None:
 
 def test_one_layer_equals_its_equations() -> None:
     """c_attn, heads, the sums, c_proj, with qk_norm and rope: the layer's wiring, not only its core."""
-    config = ModelConfig(n_layer=1, n_head=4, n_embd=32, block_size=16, n_kv_head=2, qk_norm=True, position="rope")
+    config = GPTConfig(n_layer=1, n_head=4, n_embd=32, block_size=16, n_kv_head=2, qk_norm=True, position="rope")
     attn = CausalSelfAttention(config, 0).eval()
     cos, sin = rotary_tables(config)
     x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(3))

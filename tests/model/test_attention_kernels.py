@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.model import attention
 from gpt2.model import attention_kernels as module
-from gpt2.model.attention import attention_mask, plain_attention
-from gpt2.model.attention_kernels import tiled_attention
+from gpt2.model.attention_kernels import attention_mask, plain_attention, tiled_attention
 from gpt2.model.compile import compile_model
 from gpt2.model.gpt import GPT
 
@@ -100,7 +99,7 @@ def test_a_compiled_model_in_bf16_has_the_eager_models_gradients(
 
     monkeypatch.setattr(module, "TILE", 16)
     monkeypatch.setattr(attention, "tiled_attention", spy)
-    config = ModelConfig(
+    config = GPTConfig(
         n_layer=2,
         n_head=4,
         n_kv_head=2,

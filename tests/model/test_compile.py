@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.generation.generate import generate
 from gpt2.model.compile import compile_model
 from gpt2.model.gpt import GPT
@@ -19,7 +19,7 @@ CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_values_gradients_and_names_are_those_of_the_eager_model(device: str) -> None:
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=70, logit_softcap=10.0)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=70, logit_softcap=10.0)
     eager, compiled = GPT(config).init_weights(0).to(device), GPT(config).init_weights(0).to(device)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
@@ -45,7 +45,7 @@ def test_values_gradients_and_names_are_those_of_the_eager_model(device: str) ->
 def test_sampling_from_a_compiled_model_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("can_pack", "can_sum_columns"):  # as on a GPU: no copy with blocks of its own
         monkeypatch.setattr(f"gpt2.model.cpu_inference.{name}", lambda dtype: False)
-    config = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=70)
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=70)
     eager, compiled = GPT(config).init_weights(0), GPT(config).init_weights(0)
     compile_model(compiled)
     torch._dynamo.utils.counters.clear()

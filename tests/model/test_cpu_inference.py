@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.model import cpu_inference as packed
 from gpt2.model.compile import compile_model
 from gpt2.model.cpu_inference import OneRowLinear, PackedLinear, can_pack, can_sum_columns, decoding_copy, scoring_copy
@@ -18,7 +18,7 @@ needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyT
 
 
 def build(**changes: object) -> GPT:
-    config = ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 16, "vocab_size": 70, **changes})  # type: ignore[arg-type]
+    config = GPTConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 16, "vocab_size": 70, **changes})  # type: ignore[arg-type]
     return GPT(config).init_weights(0).eval()
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.errors import UserError
-from gpt2.model.attention import attention_mask
+from gpt2.model.attention_kernels import attention_mask
 from gpt2.model.gpt import GPT
 from gpt2.model.loss import IGNORE
 
@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def build(seed: int = 0, **changes: Any) -> GPT:
     """A tiny model in evaluation mode whose biases and gains are not at their trivial initial values."""
-    model = GPT(ModelConfig(**{**TINY, **changes})).init_weights(seed).eval()
+    model = GPT(GPTConfig(**{**TINY, **changes})).init_weights(seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -169,7 +169,7 @@ def test_logits_equal_the_literal_network(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains(name: str) -> None:
     """Loss on one batch falls well below where it starts, and every parameter takes part."""
-    model = GPT(ModelConfig(**{**TINY, **VARIANTS[name], "dropout": 0.05})).init_weights(0).train()
+    model = GPT(GPTConfig(**{**TINY, **VARIANTS[name], "dropout": 0.05})).init_weights(0).train()
     torch.manual_seed(0)
     tokens = tokens_of(4, 13)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -256,7 +256,7 @@ def test_packed_rows_equal_separate_ones(name: str) -> None:
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_padding_rows_stay_zero_and_take_no_probability(tie_embeddings: bool) -> None:
-    model = GPT(ModelConfig(**{**TINY, "tie_embeddings": tie_embeddings})).init_weights(0)
+    model = GPT(GPTConfig(**{**TINY, "tie_embeddings": tie_embeddings})).init_weights(0)
     assert model.wte.weight.shape == (128, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     tokens = tokens_of(2, 12)
@@ -284,7 +284,7 @@ def test_the_loss_is_a_sum_over_the_targets_that_count() -> None:
 
 
 def test_initial_weights_have_gpt2s_scale_and_come_from_the_seed_alone() -> None:
-    config = ModelConfig(n_layer=8, n_head=4, n_embd=256, block_size=128, vocab_size=1000)
+    config = GPTConfig(n_layer=8, n_head=4, n_embd=256, block_size=128, vocab_size=1000)
     torch.manual_seed(1)
     model = GPT(config).init_weights(7)
     torch.manual_seed(2)
@@ -304,7 +304,7 @@ def test_initial_weights_have_gpt2s_scale_and_come_from_the_seed_alone() -> None
 
 
 def test_zero_initialised_projections_make_every_block_an_identity() -> None:
-    model = GPT(ModelConfig(**TINY, zero_init_projections=True)).init_weights(0).eval()
+    model = GPT(GPTConfig(**TINY, zero_init_projections=True)).init_weights(0).eval()
     tokens = tokens_of(1, 12)
     with torch.no_grad():
         embedded = model.wte(tokens) + model.wpe(torch.arange(12))  # type: ignore[misc]
@@ -325,7 +325,7 @@ SIZES = {
 def test_parameters_and_flops_match_hand_arithmetic(name: str) -> None:
     n_layer, n_head, n_embd, expected = SIZES[name]
     with torch.device("meta"):
-        model = GPT(ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
     assert model.num_parameters() == expected
     assert expected == 50257 * n_embd + 1024 * n_embd + n_layer * (12 * n_embd**2 + 13 * n_embd) + 2 * n_embd
     n = expected - 1024 * n_embd
@@ -334,16 +334,16 @@ def test_parameters_and_flops_match_hand_arithmetic(name: str) -> None:
 
 
 def test_parameters_and_flops_of_variants() -> None:
-    base = GPT(ModelConfig(**TINY))
-    untied = GPT(ModelConfig(**TINY, tie_embeddings=False))
+    base = GPT(GPTConfig(**TINY))
+    untied = GPT(GPTConfig(**TINY, tie_embeddings=False))
     assert untied.num_parameters() == base.num_parameters() + 70 * 32
     assert untied.flops_per_token() == base.flops_per_token()  # the second table is only looked up
-    grouped = GPT(ModelConfig(**TINY, n_kv_head=1))
+    grouped = GPT(GPTConfig(**TINY, n_kv_head=1))
     assert base.num_parameters() - grouped.num_parameters() == 3 * 2 * 3 * 8 * (32 + 1)
-    bare = GPT(ModelConfig(**TINY, position="none", bias=False, norm="rmsnorm"))
+    bare = GPT(GPTConfig(**TINY, position="none", bias=False, norm="rmsnorm"))
     assert bare.num_parameters() == 70 * 32 + 3 * (12 * 32 * 32 + 2 * 32) + 32
     # A window of w: query t sees min(t + 1, w) keys. In the limit of long rows that is w - w²/2T on average.
-    config = ModelConfig(**{**TINY, "block_size": 1024, "window": 256, "full_attention_every": 3})
+    config = GPTConfig(**{**TINY, "block_size": 1024, "window": 256, "full_attention_every": 3})
     seen = sum(min(t + 0.5, 256 - 0.5 * (t >= 256) + 0.5 * (t >= 256)) for t in range(1024)) / 1024
     windowed = GPT(config)
     n = windowed.num_parameters() - 1024 * 32
@@ -351,8 +351,8 @@ def test_parameters_and_flops_of_variants() -> None:
 
 
 def test_swiglu_keeps_the_parameter_count() -> None:
-    plain = GPT(ModelConfig(n_layer=2, n_head=12, n_embd=768, bias=False)).num_parameters()
-    gated = GPT(ModelConfig(n_layer=2, n_head=12, n_embd=768, bias=False, activation="swiglu")).num_parameters()
+    plain = GPT(GPTConfig(n_layer=2, n_head=12, n_embd=768, bias=False)).num_parameters()
+    gated = GPT(GPTConfig(n_layer=2, n_head=12, n_embd=768, bias=False, activation="swiglu")).num_parameters()
     assert gated == plain  # 8/3 × 768 = 2048 is a multiple of 64
 
 
@@ -372,4 +372,4 @@ def test_swiglu_keeps_the_parameter_count() -> None:
 )
 def test_impossible_shapes_are_refused_in_words(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        ModelConfig(**{**TINY, **changes})
+        GPTConfig(**{**TINY, **changes})

@@ -16,15 +16,13 @@ from torch import Tensor
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
 
-from gpt2.config import ModelConfig  # noqa: E402
+from gpt2.config import GPTConfig  # noqa: E402
 from gpt2.errors import UserError  # noqa: E402
-from gpt2.model.gpt import GPT  # noqa: E402
+from gpt2.model.gpt import GPT, load_pretrained  # noqa: E402
 from gpt2.model.hf_format import not_in_transformers  # noqa: E402
 from gpt2.model.pretrained import (  # noqa: E402
     config_from_hf,
     config_to_hf,
-    load_model,
-    load_pretrained,
     resolve_model,
     save_pretrained,
     state_dict_from_hf,
@@ -63,7 +61,7 @@ CHARS = CharTokenizer("".join(map(chr, range(48, 118))))  # 70 of them
 
 
 def build(seed: int = 0, **changes: Any) -> GPT:
-    model = GPT(ModelConfig(**{**TINY, **changes})).init_weights(seed).eval()
+    model = GPT(GPTConfig(**{**TINY, **changes})).init_weights(seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,7 +118,7 @@ def test_import_gives_their_logits_and_export_their_file(shape: str, tmp_path: P
     assert again.keys() == original.keys()
     for name, tensor in original.items():
         assert torch.equal(again[name], tensor), name
-    equal_states(load_model(tmp_path / "ours"), model)
+    equal_states(GPT.from_pretrained(tmp_path / "ours"), model)
 
 
 @pytest.mark.parametrize("name", EXPRESSIBLE)
@@ -141,7 +139,7 @@ def test_export_opens_in_transformers_with_our_logits(name: str, tmp_path: Path)
     assert tokenizer.n_vocab == 70
     equal_states(back, model)
     hf.save_pretrained(tmp_path / "again")  # transformers keeps what it does not know
-    assert load_model(tmp_path / "again").config == model.config
+    assert GPT.from_pretrained(tmp_path / "again").config == model.config
 
 
 @pytest.mark.parametrize("name", INEXPRESSIBLE)
@@ -158,12 +156,12 @@ def test_variants_are_refused_by_transformers_and_opened_here(name: str, tmp_pat
 
 
 def test_every_field_of_the_model_survives_config_json() -> None:
-    odd = ModelConfig(
+    odd = GPTConfig(
         n_layer=4, n_head=6, n_embd=48, block_size=32, vocab_size=99, n_kv_head=3, position="rope", rope_theta=77.0,
         window=5, full_attention_every=2, activation="swiglu", norm="rmsnorm", norm_position="post", qk_norm=True,
         bias=False, dropout=0.25, tie_embeddings=False, logit_softcap=9.0, zero_init_projections=True,
     )  # fmt: skip
-    default = ModelConfig()
+    default = GPTConfig()
     assert [f for f in odd.__dataclass_fields__ if getattr(odd, f) == getattr(default, f)] == []  # none forgotten
     assert config_from_hf(json.loads(json.dumps(config_to_hf(odd, None)))) == odd
     assert config_from_hf(json.loads(json.dumps(config_to_hf(default, None)))) == default
@@ -190,8 +188,8 @@ def test_shards_and_pickles_without_code_open_too(tmp_path: Path) -> None:
     hf = theirs(tmp_path / "one")
     hf.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
-    expected = load_model(tmp_path / "one")
-    equal_states(load_model(tmp_path / "many"), expected)
+    expected = GPT.from_pretrained(tmp_path / "one")
+    equal_states(GPT.from_pretrained(tmp_path / "many"), expected)
 
     pickled = tmp_path / "pickled"
     pickled.mkdir()
@@ -200,7 +198,7 @@ def test_shards_and_pickles_without_code_open_too(tmp_path: Path) -> None:
     state["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril().bool()
     state["h.1.attn.masked_bias"] = torch.tensor(-1e4)
     torch.save(state, pickled / "pytorch_model.bin")
-    equal_states(load_model(pickled), expected)
+    equal_states(GPT.from_pretrained(pickled), expected)
 
     halves = list(state.items())
     (pickled / "pytorch_model.bin").unlink()
@@ -209,7 +207,7 @@ def test_shards_and_pickles_without_code_open_too(tmp_path: Path) -> None:
         torch.save(dict(part), pickled / f"pytorch_model-{i}.bin")
         weight_map.update({name: f"pytorch_model-{i}.bin" for name, _ in part})
     (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    equal_states(load_model(pickled), expected)
+    equal_states(GPT.from_pretrained(pickled), expected)
 
 
 class Boom:
@@ -225,7 +223,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "model/model.safetensors").unlink()
     torch.save({"wte.weight": Boom()}, tmp_path / "model/pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin cannot be read"):
-        load_model(tmp_path / "model")
+        GPT.from_pretrained(tmp_path / "model")
     assert not (tmp_path / "boom").exists()
 
 
@@ -233,7 +231,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_half_precision_weights_become_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
     hf = theirs(tmp_path).to(dtype)
     hf.save_pretrained(tmp_path)
-    model = load_model(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert torch.equal(model.wte.weight[:70], hf.transformer.wte.weight.float())
 
@@ -390,13 +388,13 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], words: st
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}))
     with pytest.raises(UserError, match=words):
-        load_model(tmp_path)
+        GPT.from_pretrained(tmp_path)
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:
     model = build()
     good = state_dict_to_hf(model.state_dict(), model.config)
-    state = state_dict_from_hf(good, model.config)
+    state = state_dict_from_hf(good, model.config, GPT.state_shapes(model.config))
     assert torch.equal(state["wte.weight"], model.wte.weight)
     name = "transformer.h.1.mlp.c_fc.weight"
     for bad, words in (
@@ -407,7 +405,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         ({**good, "lm_head.weight": good["transformer.wte.weight"] + 1}, "lm_head.weight differs from wte.weight"),
     ):
         with pytest.raises(UserError, match=words):
-            state_dict_from_hf(bad, model.config)
+            state_dict_from_hf(bad, model.config, GPT.state_shapes(model.config))
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "gone", "config", "index"])
@@ -429,7 +427,7 @@ def test_damaged_files_are_named(damage: str, tmp_path: Path) -> None:
         index = {"weight_map": {"transformer.wte.weight": "../elsewhere.safetensors"}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-        load_model(tmp_path)
+        GPT.from_pretrained(tmp_path)
 
 
 def test_no_model_there(tmp_path: Path) -> None:
@@ -442,7 +440,7 @@ def test_no_model_there(tmp_path: Path) -> None:
 def test_unequal_dropouts_are_reported(tmp_path: Path) -> None:
     theirs(tmp_path, resid_pdrop=0.3, attn_pdrop=0.0)
     with pytest.warns(UserWarning, match="dropout is"):
-        assert load_model(tmp_path).config.dropout == 0.3
+        assert GPT.from_pretrained(tmp_path).config.dropout == 0.3
 
 
 def test_files_are_the_same_bytes_every_time(tmp_path: Path) -> None:
@@ -460,4 +458,4 @@ def test_beside_a_damaged_checkpoint_an_earlier_one_is_named(tmp_path: Path) -> 
         theirs(tmp_path / f"step_{step:08d}")
     (tmp_path / "step_00000010/model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"step_00000010/model.* give an earlier checkpoint, such as .*step_00000002$"):
-        load_model(tmp_path / "step_00000010")
+        GPT.from_pretrained(tmp_path / "step_00000010")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from repository import load_script
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.model.pretrained import save_pretrained
@@ -25,7 +25,7 @@ def script() -> ModuleType:
 
 
 def build() -> GPT:
-    config = ModelConfig(n_layer=2, n_head=3, n_embd=24, block_size=20, vocab_size=10, window=3, full_attention_every=2)
+    config = GPTConfig(n_layer=2, n_head=3, n_embd=24, block_size=20, vocab_size=10, window=3, full_attention_every=2)
     return GPT(config).init_weights(0).eval()
 
 

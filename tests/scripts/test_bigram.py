@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from repository import SHARED_DATA, load_script
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.model.pretrained import save_pretrained
@@ -73,9 +73,7 @@ def test_the_rows_get_better_in_order_and_repeat(script: ModuleType) -> None:
 @pytest.mark.parametrize("length", [2, 16, 17, 18, 100])
 def test_a_gpts_loss_counts_every_token_but_the_first(script: ModuleType, length: int) -> None:
     tokenizer, tokens = encoded(TEXT[:length])
-    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=tokenizer.n_vocab)).init_weights(
-        0
-    )
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=tokenizer.n_vocab)).init_weights(0)
     total = 0.0
     with torch.no_grad():
         for start in range(0, length - 1, 16):
@@ -88,9 +86,7 @@ def test_the_command_line(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer, _ = encoded(TEXT)
-    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=tokenizer.n_vocab)).init_weights(
-        0
-    )
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=tokenizer.n_vocab)).init_weights(0)
     (tmp_path / "model").mkdir()
     save_pretrained(tmp_path / "model", model.state_dict(), model.config, tokenizer)
     (tmp_path / "text.txt").write_text(TEXT)

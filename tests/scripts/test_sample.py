@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from repository import ROOT, load_script
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.errors import UserError
 from gpt2.generation.generate import generate
 from gpt2.generation.text_stream import TextStream
@@ -76,7 +76,7 @@ def test_stop_texts_cut_where_str_find_would(text: str, stops: list[str]) -> Non
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=CHARS.n_vocab)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=CHARS.n_vocab)
     model = GPT(config).init_weights(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.errors import UserError
+from gpt2.prepare.small_dataset import write_dataset
 from gpt2.tokens import dataset as shards
-from gpt2.tokens.dataset import TokenStream, open_dataset, write_dataset
+from gpt2.tokens.dataset import TokenStream, open_dataset
 from gpt2.tokens.manifest import MANIFEST_NAME, Manifest, load_manifest, save_manifest
 from gpt2.tokens.shard_file import ShardWriter, read_header
 from gpt2.tokens.tokenizer import CharTokenizer, gpt2_tokenizer

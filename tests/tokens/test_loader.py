@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2.errors import UserError
-from gpt2.tokens.dataset import TokenStream, open_dataset, write_dataset
+from gpt2.prepare.small_dataset import write_dataset
+from gpt2.tokens.dataset import TokenStream, open_dataset
 from gpt2.tokens.loader import Blocks, Loader, on_host, permute, to_device
 from gpt2.tokens.tokenizer import CharTokenizer
 

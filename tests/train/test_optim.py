@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpt2.config import ModelConfig, OptimConfig
-from gpt2.distributed.world import place_like
+from gpt2.config import GPTConfig, OptimConfig
+from gpt2.distributed.parallel import place_like
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.train.optim import (
@@ -23,7 +23,7 @@ from gpt2.train.optim import (
 )
 
 CPU = torch.device("cpu")
-TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20)
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20)
 
 
 def backward(model: GPT, seed: int) -> None:
@@ -34,7 +34,7 @@ def backward(model: GPT, seed: int) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_is_in_one_group(optimizer: str, tied: bool) -> None:
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20, tie_embeddings=tied))
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20, tie_embeddings=tied))
     optimizers = make_optimizers(model, OptimConfig(optimizer=optimizer), CPU)  # type: ignore[arg-type]
     names = {id(p): n for n, p in model.named_parameters()}
     groups = {
@@ -59,7 +59,7 @@ def test_every_parameter_is_in_one_group(optimizer: str, tied: bool) -> None:
 def test_the_biases_count_as_the_field_counts_them() -> None:
     # build-nanogpt prints 50 decayed tensors with 124,354,560 parameters and 98 with 121,344; ours pads the vocabulary.
     with torch.device("meta"):
-        model = GPT(ModelConfig())
+        model = GPT(GPTConfig())
     lines = describe_groups(make_optimizers(model, OptimConfig(), torch.device("meta")))
     assert [line.split(", peak")[0] for line in lines] == [
         f"AdamW decayed: 50 tensors, {124_318_464 + 47 * 768:,} parameters",

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gpt2.config import Config, DataConfig, RunConfig
-from gpt2.train.out_of_memory import advice, first_line, fitting_micro_batch, is_out_of_memory, write_snapshot
+from gpt2.errors import first_line
+from gpt2.train.out_of_memory import advice, fitting_micro_batch, is_out_of_memory, write_snapshot
 from gpt2.train.plan import expected_memory
 
 GIB = 2**30

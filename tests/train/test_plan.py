@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2.config import Config, DataConfig, ModelConfig, RunConfig
+from gpt2.config import Config, DataConfig, GPTConfig, RunConfig
 from gpt2.errors import UserError
-from gpt2.tokens.dataset import write_dataset
+from gpt2.prepare.small_dataset import write_dataset
 from gpt2.tokens.loader import Blocks
 from gpt2.tokens.tokenizer import CharTokenizer
 from gpt2.train.plan import device_memory, expected_memory, make_plan
 
-MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=4)
+MODEL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=4)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_batch_that_cannot_be_cut_is_refused_with_one_that_can(dataset, micro_
 
 
 def test_another_vocabulary_is_refused(dataset):
-    model = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=5)
+    model = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=5)
     with pytest.raises(UserError, match=r"vocabulary of 4, the model has 5; use --vocab-size 4"):
         plan_of(dataset, config_of(model=model))
 
@@ -82,7 +82,7 @@ def test_a_state_larger_than_the_device_is_refused(dataset):
 
 
 def test_expected_memory_moves_as_it_should():
-    big = ModelConfig()
+    big = GPTConfig()
     base = expected_memory(Config(model=big), 124_439_808, 1, "bf16", "cuda")
     assert base > 18 * 124_439_808
     less = [

@@ -11,7 +11,7 @@ import torch
 from small_runs import ALONE
 from torch.nn import functional as F
 
-from gpt2.config import ModelConfig
+from gpt2.config import GPTConfig
 from gpt2.distributed.world import World
 from gpt2.model.gpt import GPT
 from gpt2.tokens.dataset import open_dataset
@@ -26,7 +26,7 @@ def val(char_data: Path) -> Blocks:
 
 @pytest.fixture
 def model() -> GPT:
-    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=59, dropout=0.5)
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=59, dropout=0.5)
     return GPT(config).init_weights(0).train()
 
 
