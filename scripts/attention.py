@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
 from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
 from gpt2.figures import save_figure

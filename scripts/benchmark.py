@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
 from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
 from gpt2.hardware import environment

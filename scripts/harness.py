@@ -13,10 +13,13 @@ import argparse
 import json
 import os
 import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import UserError, run_cli
 from gpt2.hellaswag.download import load_examples

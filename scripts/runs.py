@@ -6,8 +6,11 @@ python scripts/runs.py runs
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import UserError, run_cli
 from gpt2.report.plots import short

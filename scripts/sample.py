@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
 from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
 from gpt2.generation.generate import stream
