@@ -19,9 +19,13 @@ from repository import ROOT
 from safetensors.torch import load_file
 
 from gpt2.config import Config, DataConfig, GPTConfig, OptimConfig, RunConfig
+from gpt2.distributed.signals import StopSignals
 from gpt2.distributed.world import World
-from gpt2.train.divergence import StopSignals
-from train_gpt2 import Run
+from gpt2.train.ending import close
+from gpt2.train.ending import finish as end
+from gpt2.train.run import Run
+from gpt2.train.setup import set_up
+from train_gpt2 import train as train_loop
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -75,7 +79,7 @@ def train(
 ) -> Run:
     """Run to the end in this process, or until it is told to stop while it takes a later step than `stop_after`."""
     signals = StopSignals()
-    run = Run(config, world, signals)
+    run = set_up(config, world)
     if stop_after is not None:
         advance = run.advance
 
@@ -88,10 +92,9 @@ def train(
     if prepare is not None:
         prepare(run)
     try:
-        assert run.train() == 0
+        assert end(run, train_loop(run, signals), signals) == 0
     finally:
-        run.close("error")
-        run.lock.close()
+        close(run, "error")
     return run
 
 

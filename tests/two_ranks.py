@@ -12,6 +12,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ import torch
 from small_runs import small
 
 from gpt2.config import Config
+from gpt2.distributed.signals import StopSignals
 from gpt2.distributed.world import World, world
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.tokens.loader import Blocks
-from gpt2.train.divergence import StopSignals
-from train_gpt2 import Diverged, Run
+from gpt2.train.divergence import Diverged
+from gpt2.train.ending import close, finish
+from gpt2.train.run import Run
+from gpt2.train.setup import set_up
+from train_gpt2 import train
 
 TABLE = {
     "ddp_2x4x1": {"micro_batch_size": 4},
@@ -37,14 +42,16 @@ POISONED_STEP = 3
 
 
 @contextlib.contextmanager
-def running(config: Config, this: World) -> Iterator[Run]:
-    run = Run(config, this, StopSignals())
+def running(config: Config, this: World) -> Iterator[tuple[Run, StopSignals]]:
+    run = set_up(config, this)
     try:
-        yield run
+        yield run, StopSignals()
     finally:
-        run.close("error")
-        if this.is_main:
-            run.lock.close()
+        close(run, "error")
+
+
+def train_to_its_end(run: Run, signals: StopSignals) -> int:
+    return finish(run, train(run, signals), signals)
 
 
 class Poison(torch.autograd.Function):
@@ -88,14 +95,14 @@ def weights_after(run: Run, step: int) -> list[torch.Tensor]:
     return before
 
 
-def signal_after(run: Run, step: int) -> None:
+def signal_after(run: Run, signals: StopSignals, step: int) -> None:
     """Let this process be told to stop after a step."""
     advance = run.advance
 
     def advance_and_signal() -> None:
         advance()
         if run.step == step:
-            run.signals.received = "SIGTERM"
+            signals.received = "SIGTERM"
 
     run.advance = advance_and_signal  # type: ignore[method-assign]
 
@@ -126,33 +133,39 @@ def main() -> None:
     found: dict[str, Any] = {}
     with world("cpu") as this:
         for name, changes in TABLE.items():
-            with running(small(data, out / name, eval_every=15, **changes), this) as run:
-                found[name] = run.train()
+            with running(small(data, out / name, eval_every=15, **changes), this) as (run, signals):
+                found[name] = train_to_its_end(run, signals)
 
         # A signal that reaches rank 1 alone stops both, after the same step.
         for parallel in ("ddp", "fsdp"):
             config = small(data, out / f"stopped_{parallel}", micro_batch_size=4, parallel=parallel)
-            with running(config, this) as run:
+            with running(config, this) as (run, signals):
                 if this.rank == 1:
-                    signal_after(run, STOPPED_AT - 1)
-                found[f"stopped_{parallel}"] = [run.train(), run.step]
+                    signal_after(run, signals, STOPPED_AT - 1)
+                found[f"stopped_{parallel}"] = [train_to_its_end(run, signals), run.step]
 
         for name, changes in {**TABLE, "first_step": {"micro_batch_size": 4}}.items():
             step = 1 if name == "first_step" else POISONED_STEP
-            with running(small(data, out / f"poisoned_{name}", **changes), this) as run:
+            with running(small(data, out / f"poisoned_{name}", **changes), this) as (run, signals):
                 before = weights_after(run, step - 1)
                 if this.rank == 1:
                     poison(run, after_step=step - 1)
-                message = caught(run.train, Diverged)
+                message = caught(partial(train_to_its_end, run, signals), Diverged)
                 unchanged = all(map(torch.equal, before, weights(run.model)))
                 found[f"poisoned_{name}"] = [message, unchanged]
 
         # Data that rank 1 alone can't read, in a step and in an evaluation.
         for name in ("train_blocks", "val_blocks"):
-            with running(small(data, out / f"unreadable_{name}", micro_batch_size=2, eval_every=3), this) as run:
+            with running(small(data, out / f"unreadable_{name}", micro_batch_size=2, eval_every=3), this) as (
+                run,
+                signals,
+            ):
                 if this.rank == 1:
                     lose_data(getattr(run, name))
-                found[f"unreadable_{name}"] = [caught(run.train, UserError), run.step]
+                found[f"unreadable_{name}"] = [
+                    caught(partial(train_to_its_end, run, signals), UserError),
+                    run.step,
+                ]
 
         def alone_on(rank: int) -> int:
             if this.rank == rank:

@@ -134,3 +134,23 @@ class CheckpointWriter:
         last = next(reversed(list_checkpoints(self.directory)), None)
         kept = f"the last good one is {last}" if last else "there is no earlier one"
         self.failed(f"warning: the checkpoint of step {self._step} could not be written ({outcome}); {kept}")
+
+
+class NoWriter:
+    """What every process but rank 0 has in place of a `CheckpointWriter`."""
+
+    failed_step: int | None = None
+
+    def newest(self) -> Path | None:
+        """No checkpoint that this process knows of."""
+        return None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Leave it to rank 0."""
+
+    def busy(self, seconds: float = 0) -> bool:
+        """Never."""
+        return False
+
+    def wait(self) -> None:
+        """For nothing."""

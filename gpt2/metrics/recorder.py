@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -327,3 +327,21 @@ class Metrics:
 
     def _stand_out(self, step: int, text: str) -> None:
         self.console.say(f"step {step:>{len(str(self.total_steps))}} | {text}", strong=True)
+
+
+class NoMetrics:
+    """What every process but rank 0 has in place of `Metrics`: it records nothing and prints nothing."""
+
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        """Time nothing."""
+        return nullcontext()
+
+    def position(self) -> int:
+        """No bytes."""
+        return 0
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Any other method of `Metrics`, doing nothing."""
+        if not callable(getattr(Metrics, name, None)):
+            raise AttributeError(name)
+        return lambda *args, **values: None

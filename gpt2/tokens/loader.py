@@ -157,6 +157,8 @@ class Loader:
         # Micro-step k of rank r takes rows [(k W + r) B, (k W + r + 1) B) of the step's samples.
         rows = np.arange(sequences_per_step).reshape(-1, world_size, micro_batch_size)
         self._rows = rows[:, rank].reshape(-1)
+        self.failure: UserError | None = None
+        """Why this process has no data; from then on `next` returns made-up batches."""
         self._queue: queue.Queue[Tensor | Exception] = queue.Queue(maxsize=PREFETCH_STEPS)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(start,), name="loader", daemon=True)
@@ -172,18 +174,24 @@ class Loader:
     def next(self) -> list[tuple[Tensor, Tensor]]:
         """The next step's micro-batches: inputs (B, T) and targets (B, T), int64, on the device.
 
-        Raises:
-            UserError: of `Blocks.read`; there is no further step then.
+        A process that cannot read its data must still take part in the step, or the others would wait for it: it gets
+        batches of zeros, and `failure` says why.
         """
-        item = self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return self._cut(to_device(item, self._device))
-
-    def blank(self) -> list[tuple[Tensor, Tensor]]:
-        """Micro-batches of `next`'s shape that hold nothing: for a process that failed, so that the others go on."""
+        if self.failure is None:
+            item = self._queue.get()
+            if isinstance(item, UserError):
+                self.failure = item
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                return self._cut(to_device(item, self._device))
         shape = len(self._rows), self._blocks.block_size + 1
         return self._cut(torch.zeros(shape, dtype=torch.int64, device=self._device))
+
+    def raise_failure(self) -> None:
+        """Raise why this process has no data, if it has none."""
+        if self.failure is not None:
+            raise self.failure
 
     def _cut(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(self._micro_batch_size)]

@@ -1,110 +1,101 @@
-"""What may stop a run or a step: signals, values that are not finite, spikes, a second run in the same directory.
-
-Failures are global: whether a step counts is decided on values that were summed over all processes, so that no process
-goes its own way.
-"""
+"""What a step's numbers mean for the run: log them, skip an update, or stop because it diverged."""
 
 from __future__ import annotations
 
-import signal
-from io import FileIO
-from pathlib import Path
-from types import FrameType
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from gpt2.errors import UserError
-from gpt2.files import lock
+from gpt2.metrics.recorder import EndReason
+from gpt2.tokens.loader import Loader
+from gpt2.train.run import Run
+from gpt2.train.step import MicroBatches, PendingNumbers, StepNumbers, ranks_with_bad_gradient, seed_step
 
 MAX_SKIPS_IN_A_ROW = 5
-SPIKE_MEMORY = 0.98
-"""Decay a step of the mean and variance that a spike is measured against: the last 50 steps or so."""
-SPIKE_WARMUP = 20
-"""Steps before a spike is looked for, while mean and variance settle."""
 
 
-class StepGuard:
-    """Decides on the device, without making the host wait, whether a step's update may happen.
+class Diverged(Exception):
+    """The run cannot continue: a loss or gradient is not finite, or update after update was skipped.
 
     Args:
-        device: of the losses and norms.
-        on_nonfinite: "stop": after the first loss or norm that is not finite no later update happens either, until the
-            host has noticed and stops; "skip": only that step's update is left out.
-        spike_zscore: also leave out updates whose loss or norm lies this many standard deviations above its mean.
+        message: what happened, and in which step.
+        reason: how `run_end` records it.
+        hint: what may help.
     """
 
-    def __init__(self, device: torch.device, on_nonfinite: str, spike_zscore: float | None = None):
-        self.sticky = on_nonfinite == "stop"
-        self.spike_zscore = spike_zscore
-        # [steps counted, mean and variance of the loss, of the norm, whether a non-finite value was met]
-        self.state = torch.zeros(6, device=device)
-
-    def veto(self, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge a step by its loss and gradient norm, scalars equal in all processes.
-
-        Returns:
-            Whether the update must not happen, and whether that is for a value that is not finite; 0.0 or 1.0, fp32.
-        """
-        values = torch.stack([loss.float(), grad_norm.float()])
-        nonfinite = (~values.isfinite().all()).float()
-        if self.sticky:
-            nonfinite = torch.maximum(nonfinite, self.state[5])
-            self.state[5] = nonfinite
-        if self.spike_zscore is None:
-            return nonfinite, nonfinite
-        count, means, variances = self.state[0], self.state[1:5:2], self.state[2:5:2]
-        deviations = values - means
-        spike = (deviations > self.spike_zscore * variances.sqrt()).any() & (count >= SPIKE_WARMUP)
-        veto = torch.maximum(nonfinite, spike.float())
-        # Exponentially decaying mean and variance, unbiased at the start, of the steps that counted.
-        weight = torch.maximum(1 / (count + 1), 1 - torch.full_like(count, SPIKE_MEMORY))
-        new_means = means + weight * deviations
-        new_variances = (1 - weight) * (variances + weight * deviations.square())
-        new_state = torch.cat(
-            [(count + 1)[None], torch.stack([new_means, new_variances], dim=1).flatten(), self.state[5:]]
-        )
-        self.state = torch.where(veto > 0, self.state, new_state)
-        return veto, nonfinite
+    def __init__(self, message: str, reason: EndReason, hint: str):
+        super().__init__(message)
+        self.reason: EndReason = reason
+        self.hint = hint
 
 
-class StopSignals:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag the loop reads between steps; a second SIGINT stops at once."""
+@dataclass(frozen=True)
+class PendingStep:
+    """A step whose numbers the host has not read yet.
 
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._interrupted = False
-        self._previous: dict[signal.Signals, object] = {}
+    Attributes:
+        step: steps finished, this one included.
+        lr: AdamW's learning rate in it.
+        numbers: on their way to the host.
+        batches: this process's part of what it was trained on.
+    """
 
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-        self.received = signal.Signals(number).name
+    step: int
+    lr: float
+    numbers: PendingNumbers
+    batches: MicroBatches
 
 
-def lock_run(run: Path) -> FileIO:
-    """Claim a run directory for this process, until the returned file is closed or the process ends.
+def digest(run: Run, pending: PendingStep, loader: Loader) -> None:
+    """Read a step's numbers: log them, and notice what must stop the run. All processes come to the same conclusion.
 
     Raises:
-        UserError: it can't be written, or another process holds it.
+        Diverged: a value is not finite, or too many updates in a row were skipped.
+        UserError: a process has no data, in every process.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = FileIO(run / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"cannot write to the run directory {run}: {error.strerror}; choose another --run") from None
-    if not lock(file):
-        file.close()
-        raise UserError(f"another process is training in {run}; wait for it or choose another --run")
-    return file
+    numbers = pending.numbers.read()
+    run.stopping |= numbers.flags.stop
+    run.save_due |= numbers.flags.save
+    if numbers.flags.failed:
+        run.world.agree(loader.raise_failure)
+    run.writer.busy()  # reports a checkpoint that has been written meanwhile
+    if numbers.updated:
+        run.skips_in_a_row = 0
+    else:
+        _judge_skip(run, pending, numbers)
+    if pending.step % run.config.run.log_every == 0 or pending.step == run.config.run.max_steps:
+        run.metrics.train(pending.step, loss=numbers.loss, lr=pending.lr, grad_norm=numbers.grad_norm)
+
+
+def _judge_skip(run: Run, pending: PendingStep, numbers: StepNumbers) -> None:
+    """Stop, or record that an update was left out."""
+    if numbers.nonfinite and run.config.run.on_nonfinite == "stop":
+        raise Diverged(
+            _describe_nonfinite(run, pending, numbers.bad_ranks),
+            "nonfinite",
+            "--on-nonfinite skip --allow-config-change, added to it, leaves such steps out",
+        )
+    run.skips_in_a_row += 1
+    reason: EndReason = "nonfinite" if numbers.nonfinite else "spike"
+    run.metrics.skip(pending.step, reason, numbers.loss, numbers.grad_norm)
+    if run.skips_in_a_row == MAX_SKIPS_IN_A_ROW:
+        raise Diverged(
+            f"{run.skips_in_a_row} updates in a row were skipped, the last at step {pending.step} "
+            f"(loss {numbers.loss}, gradient norm {numbers.grad_norm})",
+            reason,
+            "a lower --learning-rate"
+            + (" or a higher --spike-zscore" if reason == "spike" else "")
+            + " may help; --allow-config-change lets this run continue with it",
+        )
+
+
+def _describe_nonfinite(run: Run, pending: PendingStep, bad_ranks: list[int]) -> str:
+    """Where a value that is not finite came from; every process must ask together."""
+    what = "the loss"
+    if not bad_ranks:
+        what = "the gradient"
+        if not isinstance(run.model, FSDPModule):  # no process has the gradient of a sharded model by itself
+            seed_step(run.config.run.seed, pending.step - 1, run.world.rank)
+            bad_ranks = ranks_with_bad_gradient(run.model, pending.batches, run.world, run.dtype)
+    where = f" on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else " after it was summed over all ranks"
+    return f"{what} is not finite{where} in step {pending.step}; the weights were not updated"

@@ -15,7 +15,7 @@ from gpt2.generation.generate import generate
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
 from gpt2.hellaswag.score import evaluate as evaluate_hellaswag
-from gpt2.metrics.recorder import Metrics
+from gpt2.metrics.recorder import Metrics, NoMetrics
 from gpt2.model.gpt import GPT
 from gpt2.precision import autocast
 from gpt2.tokens.loader import Blocks
@@ -70,12 +70,12 @@ class Evaluator:
             return ()
 
     @torch.no_grad()
-    def evaluate(self, step: int, metrics: Metrics | None) -> float:
+    def evaluate(self, step: int, metrics: Metrics | NoMetrics) -> float:
         """Evaluate the model as it is now; all processes together.
 
         Args:
             step: steps finished.
-            metrics: rank 0's; None elsewhere.
+            metrics: told what came out.
 
         Returns:
             Validation loss, nats a token, the same in every process.
@@ -89,9 +89,7 @@ class Evaluator:
             self.world,
             partial(autocast, self.world.device, self.dtype),
         )
-        if metrics is not None:
-            val_tokens = count_val_blocks(self.val_blocks, data.val_tokens) * self.val_blocks.block_size
-            metrics.val(step, loss, val_tokens)
+        metrics.val(step, loss, count_val_blocks(self.val_blocks, data.val_tokens) * self.val_blocks.block_size)
         if self.examples:
             self._score_hellaswag(step, metrics)
         sharded = isinstance(self.model, FSDPModule)
@@ -101,26 +99,24 @@ class Evaluator:
             self.model.reshard()  # evaluation gathered weights that the next update makes stale
         return loss
 
-    def _score_hellaswag(self, step: int, metrics: Metrics | None) -> None:
+    def _score_hellaswag(self, step: int, metrics: Metrics | NoMetrics) -> None:
         """Score HellaSwag's examples; a model without finite scores is only told."""
         dtype = torch.bfloat16 if self.dtype == "bf16" else torch.float32
         try:
             result = evaluate_hellaswag(self.model, self.examples, self.tokenizer, world=self.world, dtype=dtype)
         except UserError as error:  # the same in every process
-            if metrics is not None:
-                metrics.message(f"HellaSwag is left out at step {step}: {error}")
+            metrics.message(f"HellaSwag is left out at step {step}: {error}")
             return
-        if metrics is not None:
-            metrics.hellaswag(
-                step,
-                convention=result.convention,
-                acc=result.acc,
-                acc_norm=result.acc_norm,
-                stderr=result.acc_norm_stderr,
-                examples=result.examples,
-            )
+        metrics.hellaswag(
+            step,
+            convention=result.convention,
+            acc=result.acc,
+            acc_norm=result.acc_norm,
+            stderr=result.acc_norm_stderr,
+            examples=result.examples,
+        )
 
-    def _draw_samples(self, step: int, metrics: Metrics | None) -> None:
+    def _draw_samples(self, step: int, metrics: Metrics | NoMetrics) -> None:
         """Sample texts; a model that can't is only told, as rank 0 may be alone here."""
         settings = self.config.run
         try:
@@ -134,9 +130,7 @@ class Evaluator:
                     seed=settings.seed,
                 )
         except UserError as error:
-            if metrics is not None:
-                metrics.message(f"no samples at step {step}: {error}")
+            metrics.message(f"no samples at step {step}: {error}")
             return
-        if metrics is not None:
-            for text in texts:
-                metrics.sample(step, settings.sample_prompt, self.tokenizer.decode(text))
+        for text in texts:
+            metrics.sample(step, settings.sample_prompt, self.tokenizer.decode(text))

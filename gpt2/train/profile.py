@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
+
+from gpt2.train.run import Run
 
 WAIT = 3
 """Steps left alone at first, so that compilation and the first allocations are not in the trace."""
@@ -62,3 +66,16 @@ class StepProfiler:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(self.path))
         self.written = True
+
+
+@contextmanager
+def profiled(run: Run) -> Iterator[Callable[[], None]]:
+    """Trace the steps of the block if the run's settings ask for it; the value is to be called after each step."""
+    steps = run.config.run.profile
+    if not steps or not run.world.is_main:
+        yield lambda: None
+        return
+    profiler = StepProfiler(run.directory / "profile", steps, run.world.device, run.step)
+    yield profiler.step
+    profiler.close()
+    run.say(f"the profiler's trace is {profiler.path}" if profiler.written else "too few steps to profile")

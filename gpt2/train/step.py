@@ -1,4 +1,4 @@
-"""One optimizer step over all processes, and the numbers it leaves for the host to read while the next one runs."""
+"""What a step is made of: micro-batches, flags, random seeds, and the numbers it leaves for the host to read."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpt2.distributed.parallel import accumulating, whole
 from gpt2.distributed.world import World
 from gpt2.model.attention_kernels import training_backends
 from gpt2.precision import autocast
-from gpt2.train.divergence import StepGuard
-from gpt2.train.optim import step_unless
 
 MicroBatches = Sequence[tuple[Tensor, Tensor]]
 
@@ -84,59 +81,33 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def train_step(
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    batches: MicroBatches,
-    guard: StepGuard,
-    world: World,
-    *,
-    dtype: str,
-    tokens_per_step: int,
-    grad_clip: float,
-    flags: Flags,
-) -> PendingNumbers:
-    """Accumulate the gradient of the mean loss over the step's tokens in all processes, clip it, update the weights.
+def share_numbers(own_loss: Tensor, flags: Flags, world: World) -> Tensor:
+    """Sum this process's loss over all processes, and tell them its flags and whether its loss is finite.
+
+    One message carries all three, so that no process waits for another a second time. A process that failed makes the
+    sum NaN, which vetoes the update everywhere.
 
     Args:
-        model: of `parallelize`.
-        optimizers: their learning rates set.
-        batches: this process's micro-batches.
-        guard: may veto the update.
+        own_loss: scalar; this process's part of the step's mean loss.
+        flags: this process's.
         world: the processes.
-        dtype: of `gpt2.precision.resolve_dtype`.
-        tokens_per_step: over all processes.
-        grad_clip: largest global norm; 0: any.
-        flags: this process's; a failed one vetoes the update.
-    """
-    own_loss = torch.zeros((), device=world.device)
-    for number, (tokens, targets) in enumerate(batches):
-        with accumulating(model, last=number == len(batches) - 1):
-            with autocast(world.device, dtype), training_backends(world.device):
-                loss = model(tokens, targets) / tokens_per_step
-            # DDP and FSDP average gradients over the processes, where the loss is a sum over them.
-            (loss * world.size).backward()
-        own_loss += loss.detach()
 
-    if flags.failed:
-        own_loss.fill_(torch.nan)
-    # The loss, the flags, and whose loss is not finite travel together; no process waits for another a second time.
+    Returns:
+        (1 + flags + world size,): the loss, how many processes raised each flag, and for each process whether its own
+        loss is not finite.
+    """
     own = [False] * world.size
     own[world.rank] = True
     mine = torch.tensor([*flags, *own], dtype=torch.float32).to(world.device, non_blocking=True)
+    if flags.failed:
+        own_loss = torch.full_like(own_loss, torch.nan)
     mine[len(flags) :] *= ~own_loss.isfinite()
-    shared = world.sum_(torch.cat([own_loss[None], mine]))
-    parameters = list(model.parameters())
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if grad_clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    grad_norm = whole(norm)
-    veto, nonfinite = guard.veto(shared[0], grad_norm)
-    step_unless(optimizers, veto)
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return PendingNumbers(torch.cat([torch.stack([shared[0], grad_norm, veto, nonfinite]), shared[1:]]))
+    return world.sum_(torch.cat([own_loss[None], mine]))
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether a step's numbers are read while the next step runs: on a GPU, which would otherwise wait for the host."""
+    return device.type == "cuda"
 
 
 def ranks_with_bad_gradient(model: nn.Module, batches: MicroBatches, world: World, dtype: str) -> list[int]:

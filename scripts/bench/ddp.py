@@ -25,9 +25,10 @@ from gpt2.distributed.world import World, world
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.precision import resolve_dtype, set_matmul_precision
-from gpt2.train.divergence import StepGuard
+from gpt2.train.guard import StepGuard
 from gpt2.train.optim import make_optimizers
-from gpt2.train.step import Flags, train_step
+from gpt2.train.step import Flags
+from train_gpt2 import train_step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -296,8 +296,9 @@ class Side:
 
     def _ours(self, model: GPT, config: Config) -> Step:
         from gpt2.allocator import keep_freed_memory
-        from gpt2.train.divergence import StepGuard
-        from gpt2.train.step import Flags, train_step
+        from gpt2.train.guard import StepGuard
+        from gpt2.train.step import Flags
+        from train_gpt2 import train_step
 
         if self.device.type == "cpu":
             keep_freed_memory()  # as gpt2.distributed.world.world does

@@ -32,10 +32,15 @@ from small_runs import (
 )
 
 import train_gpt2
-from gpt2.checkpoint.directory import list_checkpoints, verify_checkpoint
+from gpt2.checkpoint import directory
+from gpt2.checkpoint.directory import Checkpoint, list_checkpoints, verify_checkpoint
+from gpt2.distributed.signals import StopSignals
 from gpt2.train import evaluation as evaluator
-from gpt2.train.divergence import StopSignals
-from train_gpt2 import Run
+from gpt2.train import saving
+from gpt2.train.ending import close
+from gpt2.train.ending import finish as end
+from gpt2.train.run import Run
+from gpt2.train.setup import set_up
 
 
 def kill_until_done(data: Path, run: Path, kills: int, seed: int) -> tuple[int, str, list[str]]:
@@ -107,8 +112,8 @@ WHERE = {
     "forward": (torch.nn.functional, "linear", 1000),  # calls there are, more or less, in half the run
     "backward": (torch.nn.utils, "get_total_norm", 14),
     "evaluation": (evaluator, "validation_loss", 5),
-    "save": (train_gpt2, "host_copy", 400),
-    "writing": (__import__("gpt2.checkpoint.directory").checkpoint, "sha256_file", 20),
+    "save": (saving, "host_copy", 400),
+    "writing": (directory, "sha256_file", 20),
 }
 
 
@@ -127,9 +132,8 @@ def test_a_signal_stops_in_order_wherever_it_hits(
         kind = dice.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
         capsys.readouterr()
         with StopSignals() as signals, raise_at(owner, name, dice.randint(1, most), kind):
-            run = Run(config, ALONE, signals)
-            assert run.train() == 0
-            run.lock.close()
+            run = set_up(config, ALONE)
+            assert end(run, train_gpt2.train(run, signals), signals) == 0
         out = capsys.readouterr().out
         if run.step < 14:
             command = f"resume with: python train_gpt2.py --config {run_dir / 'config.json'}"
@@ -188,25 +192,24 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
 
         def advance_on_a_full_disk() -> None:
             advance()
-            if run.writer is not None and run.step in (5, 10, 15):
+            if run.step in (5, 10, 15):
                 run.writer.wait()  # the one before
             limit = 50_000 if run.step in (10, 15) else soft  # bytes a file; the weights are 120,000
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            if run.step in (11, 16) and run.writer is not None:
+            if run.step in (11, 16):
                 run.writer.wait()
 
         run.advance = advance_on_a_full_disk  # type: ignore[method-assign]
 
     def wait_in_the_limit(run: Run) -> None:
         fill_disk(run)
-        save = run.save
+        write = run.writer.save
 
-        def save_and_wait() -> None:
-            save()
-            assert run.writer is not None
+        def save_and_wait(checkpoint: Checkpoint) -> None:
+            write(checkpoint)
             run.writer.wait()
 
-        run.save = save_and_wait  # type: ignore[method-assign]
+        run.writer.save = save_and_wait  # type: ignore[method-assign]
 
     try:
         train(small(char_data, tmp_path / "full", **settings), prepare=wait_in_the_limit)
@@ -226,14 +229,14 @@ def test_a_last_checkpoint_that_fails_is_an_error(
     char_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    run = Run(small(char_data, tmp_path, max_steps=2), ALONE, StopSignals())
+    run, signals = set_up(small(char_data, tmp_path, max_steps=2), ALONE), StopSignals()
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        assert run.train() == 2
+        assert end(run, train_gpt2.train(run, signals), signals) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        run.lock.close()
-    assert "error: step 2 is not saved; make room, then go on with" in capsys.readouterr().out
+        close(run, "error")
+    assert "error: step 2 is not saved; make room, then resume with" in capsys.readouterr().out
     train(small(char_data, tmp_path, max_steps=2))
     assert len(list_checkpoints(tmp_path / "checkpoints")) == 1
 

@@ -16,8 +16,9 @@ from gpt2.checkpoint.directory import list_checkpoints
 from gpt2.errors import UserError
 from gpt2.prepare.small_dataset import write_dataset
 from gpt2.tokens.dataset import open_dataset
-from gpt2.train.divergence import StopSignals, lock_run
-from train_gpt2 import Run
+from gpt2.train.ending import close
+from gpt2.train.run import Run
+from gpt2.train.setup import lock_run, set_up
 
 EPOCH_STEP = 26  # 203 blocks, 8 a step: the 26th step spans the first epoch's end
 
@@ -77,7 +78,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(
     out = capsys.readouterr().out
     assert "passing over a damaged checkpoint" in out
     assert "optimizer.safetensors is not what was written" in out
-    assert "going on at step 20" in out
+    assert "resumed at step 20" in out
     assert_same_bits(reference, saved(tmp_path / "run", 30))
     assert (tmp_path / "run/checkpoints/superseded_step_00000030").is_dir()
 
@@ -96,7 +97,7 @@ def test_a_finished_run_does_nothing_more(char_data: Path, tmp_path: Path, capsy
     train(config)
     before = saved(tmp_path, 3)
     assert train(config).step == 3
-    assert "the run is finished: 3 of 3 steps are done" in capsys.readouterr().out
+    assert "the run is finished: 3 steps are done" in capsys.readouterr().out
     assert_same_bits(before, saved(tmp_path, 3))
 
 
@@ -135,9 +136,8 @@ def test_torchruns_restart_goes_on_whatever_the_words_say(
     train(small(char_data, run, checkpoint_every=10, max_steps=30), stop_after=25)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     for resume in ("never", str(run / "checkpoints/step_00000010")):
-        started = Run(small(char_data, run, checkpoint_every=10, resume=resume), ALONE, StopSignals())
-        started.close("stopped")
-        started.lock.close()
+        started = set_up(small(char_data, run, checkpoint_every=10, resume=resume), ALONE)
+        close(started, "stopped")
         assert started.step == 25
 
 

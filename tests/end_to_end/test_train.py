@@ -24,7 +24,7 @@ from gpt2.model.gpt import GPT
 from gpt2.model.hf_format import state_dict_to_hf
 from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.loader import Blocks
-from train_gpt2 import Run
+from gpt2.train.evaluation import Evaluator
 
 
 def main(config: Config, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
@@ -224,7 +224,7 @@ def test_minutes_between_checkpoints(char_data: Path, tmp_path: Path, monkeypatc
         now += 1.0
         return now
 
-    monkeypatch.setattr(train_gpt2.time, "monotonic", monotonic)
+    monkeypatch.setattr("gpt2.train.saving.time.monotonic", monotonic)
     train(small(char_data, tmp_path, max_steps=12, checkpoint_minutes=4 / 60, keep=9))
     steps = [int(path.name[5:]) for path in list_checkpoints(tmp_path / "checkpoints")]
     monkeypatch.undo()
@@ -281,12 +281,13 @@ def test_out_of_memory_is_one_line(char_data: Path, tmp_path: Path, monkeypatch:
 def test_an_error_of_our_own_keeps_its_traceback_and_the_last_checkpoint(
     char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Run) -> None:
-        if self.step == 4:
+    def broken(self: Evaluator, step: int, metrics: Any) -> float:
+        if step == 4:
             raise ZeroDivisionError
+        return 1.0
 
     config = small(char_data, tmp_path, eval_every=4, checkpoint_every=3, max_steps=5)
-    monkeypatch.setattr(Run, "evaluate", broken)
+    monkeypatch.setattr(Evaluator, "evaluate", broken)
     with pytest.raises(ZeroDivisionError):
         main(config, monkeypatch)
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000003"]

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from gpt2.config import GPTConfig, OptimConfig
 from gpt2.model.gpt import GPT
-from gpt2.train.divergence import StepGuard
+from gpt2.train.guard import StepGuard
 from gpt2.train.optim import make_optimizers
-from gpt2.train.step import Flags, StepNumbers, ranks_with_bad_gradient, seed_step, train_step
+from gpt2.train.step import Flags, StepNumbers, ranks_with_bad_gradient, seed_step
+from train_gpt2 import train_step
 
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=20)
 CPU = torch.device("cpu")

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_runs import environment
 
-from gpt2.errors import UserError
-from gpt2.train.divergence import SPIKE_WARMUP, StepGuard, lock_run
+from gpt2.train.guard import SPIKE_WARMUP, StepGuard
 
 CPU = torch.device("cpu")
 
@@ -73,30 +67,3 @@ def test_the_memory_of_old_steps_fades() -> None:
 def test_without_a_threshold_nothing_is_a_spike() -> None:
     guard = StepGuard(CPU, "skip")
     assert [judge(guard, loss)[0] for loss in [1.0] * 30 + [1e30]] == [0] * 31
-
-
-HOLD = "import sys, time; from pathlib import Path; from gpt2.train.divergence import lock_run\n"
-HOLD += "file = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-
-
-def test_the_lock_is_another_processs_until_it_dies(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment()
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another process is training in"):
-            lock_run(tmp_path)
-    finally:
-        holder.kill()
-        holder.wait()
-    file = lock_run(tmp_path)
-    assert not os.get_inheritable(file.fileno())
-    file.close()
-
-
-def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to the run directory .*file/run: Not a directory"):
-        lock_run(tmp_path / "file" / "run")

@@ -1,0 +1,110 @@
+"""How a run ends: with which words, which exit code, and everything closed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+
+import torch
+
+from gpt2.config import Config
+from gpt2.distributed.signals import StopSignals
+from gpt2.distributed.world import World
+from gpt2.errors import UserError, first_line
+from gpt2.metrics.recorder import EndReason
+from gpt2.train.divergence import Diverged
+from gpt2.train.out_of_memory import explain, is_out_of_memory
+from gpt2.train.run import Run
+from gpt2.train.setup import set_up
+
+DIVERGED_EXIT = 3
+
+
+def run_to_its_end(train: Callable[[Run, StopSignals], EndReason], config: Config, world: World) -> int:
+    """Set a run up, train it, and end it, whatever happens.
+
+    Args:
+        train: trains to the last step, or to a reason to stop.
+        config: the run's.
+        world: its processes, which all call this.
+
+    Returns:
+        The exit code: 0 finished, or stopped by a signal; 2 the last checkpoint could not be written; 3 diverged.
+
+    Raises:
+        UserError: the run cannot start, or ran out of memory or data.
+    """
+    # Signals are heeded from here on: a process that waits for others to join could not heed them.
+    with StopSignals() as signals:
+        try:
+            run = set_up(config, world)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"rank {world.rank}: the model does not fit on {world.device} ({first_line(error)}); is somebody else "
+                "using it? Otherwise use a smaller model, or --parallel fsdp over more processes",
+                alone=True,
+            ) from None
+        try:
+            return finish(run, train(run, signals), signals)
+        except Diverged as failure:
+            return _diverged(run, failure)
+        except KeyboardInterrupt:  # the second one: at once
+            close(run, "error")
+            raise
+        except BaseException as error:
+            line = run.watch.explain(error)
+            if line is not None:
+                print(f"error: {line}", file=sys.stderr)
+            run.writer.wait()
+            close(run, "error")
+            if is_out_of_memory(error):
+                raise explain(error, run.config, run.plan.parameters, world, run.dtype) from None
+            raise
+
+
+def finish(run: Run, reason: EndReason, signals: StopSignals) -> int:
+    """Wait for the last checkpoint and close everything; returns the exit code."""
+    code = 0
+    run.writer.wait()
+    if run.writer.failed_step == run.step:
+        run.say(f"error: step {run.step} is not saved; make room, then resume with: {resume_command(run)}")
+        code = 2
+    elif reason == "stopped":
+        name = signals.received or "a signal to another process"
+        run.say(f"stopped by {name} after step {run.step}; resume with: {resume_command(run)}")
+    close(run, reason)
+    return code
+
+
+def close(run: Run, reason: EndReason) -> None:
+    """Let go of everything, without waiting."""
+    run.metrics.close(reason)
+    run.watch.close()
+    if run.lock is not None:
+        run.lock.close()
+
+
+def _diverged(run: Run, failure: Diverged) -> int:
+    """Say what is not finite and how to continue; returns the exit code."""
+    last = run.writer.newest()
+    run.say(f"error: {failure}")
+    run.say(
+        f"the last good checkpoint is {last}; go back to it with: {resume_command(run)}"
+        if last is not None
+        else f"there is no checkpoint to go back to; start over with: {resume_command(run)}"
+    )
+    if failure.hint:
+        run.say(failure.hint)
+    close(run, failure.reason)
+    return DIVERGED_EXIT
+
+
+def resume_command(run: Run) -> str:
+    """The words that resume this run."""
+    size = run.world.size
+    start = "python" if size == 1 else f"torchrun --standalone --nproc_per_node={size}"
+    if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
+        start = "torchrun, with the same words as now on each machine,"
+    return f"{start} train_gpt2.py --config {shlex.quote(str(run.directory / 'config.json'))}"

@@ -1,0 +1,271 @@
+"""What a run opens before its first step: data, plan, directory, model, optimizers, outputs; every refusal is here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2.checkpoint.directory import Checkpoint, read_checkpoint
+from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, write_config
+from gpt2.checkpoint.writer import CheckpointWriter, NoWriter
+from gpt2.config import Config
+from gpt2.distributed.hang import HangWatch
+from gpt2.distributed.parallel import parallelize, place_like
+from gpt2.distributed.world import World
+from gpt2.errors import UserError
+from gpt2.files import lock, write_whole
+from gpt2.hardware import device_name, environment
+from gpt2.metrics.recorder import Metrics, NoMetrics
+from gpt2.model.gpt import GPT
+from gpt2.precision import make_deterministic, resolve_dtype, set_matmul_precision
+from gpt2.tokens.dataset import Dataset, open_dataset
+from gpt2.tokens.loader import Blocks
+from gpt2.tokens.tokenizer import Tokenizer
+from gpt2.train.evaluation import Evaluator
+from gpt2.train.guard import StepGuard
+from gpt2.train.optim import describe_groups, load_state_tensors, make_optimizers
+from gpt2.train.out_of_memory import record_allocations
+from gpt2.train.plan import Plan, device_memory, make_plan
+from gpt2.train.run import Run
+
+
+def set_up(config: Config, world: World) -> Run:
+    """Open everything, in the state the run is to continue from; all processes together.
+
+    Nothing is written before everything that can be refused has been looked at.
+
+    Raises:
+        UserError: the settings, the data, the machine or the run's directory do not allow it; in every process.
+    """
+    say: Callable[[str], None] = print if world.is_main else _silent
+    dtype = world.agree(lambda: resolve_dtype(config.run.dtype, world.device))
+    set_matmul_precision(dtype)
+    if config.run.deterministic:
+        make_deterministic()
+    record_allocations(world.device, on=True)
+
+    dataset, tokenizer = open_data(config, world)
+    origin = world.on_main(lambda: find_origin(config))  # downloads, if anything has to be
+    config = replace(config, model=origin.model)
+    train_blocks, val_blocks, plan = world.agree(lambda: plan_run(config, world, dataset, tokenizer, dtype))
+
+    facts = environment(world.device, world.size)
+    claimed: list[tuple[FileIO, Checkpoint | None]] = []  # what stays in rank 0
+
+    def claim() -> tuple[Path | None, Mapping[str, Any]]:
+        lock_file, start, checkpoint = claim_directory(config, dataset, facts, say)
+        claimed.append((lock_file, checkpoint))
+        return start, {} if checkpoint is None else dict(checkpoint.training)
+
+    start, training = world.on_main(claim)
+    lock_file, checkpoint = claimed[0] if claimed else (None, None)
+    watch = HangWatch(config.run.run_dir / "hang", world.rank)
+
+    model, trained = build_model(config, world, plan, dtype, origin, checkpoint, resuming=bool(training))
+    optimizers = make_optimizers(model, config.optim, world.device)
+    guard = StepGuard(world.device, config.run.on_nonfinite, config.run.spike_zscore)
+    if training:
+        moments = world.share(None if checkpoint is None else checkpoint.optimizer)
+        load_state_tensors(model, optimizers, moments, place_like)
+        guard.state.copy_(torch.tensor(training["guard"]))
+    claimed.clear()
+    del checkpoint  # a second copy of the state, on the host
+    step, sample = training.get("step", 0), training.get("sample", 0)
+
+    for line in plan.lines(config, world.size, device_name(world.device), dtype):
+        say(line)
+    for line in describe_groups(optimizers):
+        say(f"{'optimizer':<11}{line}")
+    say(f"{'run':<11}{config.run.run_dir}" + (f", resumed at step {step}" if step else ""))
+    if world.size > 1:
+        say(f"{'hang':<11}if a process keeps the others waiting, {watch.directory} will tell where it was")
+
+    evaluator = Evaluator(config, model, world, dtype, val_blocks, tokenizer, say)
+    own = start is not None and is_own(start, config.run.run_dir)
+    position = training["metrics_position"] if own else 0
+    opened: list[tuple[Metrics, CheckpointWriter]] = []
+    world.on_main(lambda: opened.append(open_outputs(config, world, plan, dataset, tokenizer, step, sample, position)))
+    metrics, writer = opened[0] if opened else (NoMetrics(), NoWriter())
+    return Run(
+        config=config,
+        world=world,
+        dtype=dtype,
+        environment=facts,
+        dataset=dataset,
+        tokenizer=tokenizer,
+        train_blocks=train_blocks,
+        val_blocks=val_blocks,
+        plan=plan,
+        model=model,
+        trained=trained,
+        optimizers=optimizers,
+        guard=guard,
+        evaluator=evaluator,
+        watch=watch,
+        metrics=metrics,
+        writer=writer,
+        lock=lock_file,
+        step=step,
+        sample=sample,
+        val_loss=training.get("val_loss"),
+        saved_step=step if training else -1,
+    )
+
+
+def open_data(config: Config, world: World) -> tuple[Dataset, Tokenizer]:
+    """Open the data set, the same one in every process, and its tokenizer."""
+    dataset = world.agree(lambda: open_dataset(config.data.data))
+    tokenizer: Tokenizer = world.agree(dataset.tokenizer)
+    fingerprint = world.on_main(lambda: dataset.fingerprint)
+
+    def compare() -> None:
+        if dataset.fingerprint != fingerprint:
+            raise UserError(f"{config.data.data} holds other data for rank {world.rank} than for rank 0; copy rank 0's")
+
+    world.agree(compare)
+    return dataset, tokenizer
+
+
+def plan_run(
+    config: Config, world: World, dataset: Dataset, tokenizer: Tokenizer, dtype: str
+) -> tuple[Blocks, Blocks, Plan]:
+    """The splits cut into sequences, and what follows from settings, data and machine; refuses what cannot work."""
+    if config.run.parallel == "fsdp" and not torch.distributed.is_initialized():
+        raise UserError(
+            "--parallel fsdp shards the model over the processes torchrun starts; start it with torchrun, or use "
+            "--parallel ddp"
+        )
+    blocks = partial(Blocks, block_size=config.model.block_size, vocab_size=config.model.vocab_size)
+    train = blocks(dataset.train, seed=config.run.seed if config.data.shuffle else None)
+    val = blocks(dataset.val)
+    memory = device_memory(world.device)
+    plan = make_plan(config, dataset, train, val, world.size, dtype, world.device.type, memory)
+    prompt = tokenizer.encode(config.run.sample_prompt) if config.run.num_samples else []
+    if config.run.num_samples and not 0 < len(prompt) <= config.model.block_size:
+        raise UserError(
+            f"sample_prompt has {len(prompt)} tokens; it must have between 1 and block_size {config.model.block_size}"
+        )
+    return train, val, plan
+
+
+def lock_run(run: Path) -> FileIO:
+    """Claim a run directory for this process, until the returned file is closed or the process ends.
+
+    Raises:
+        UserError: it cannot be written to, or another process holds it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = FileIO(run / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"cannot write to the run directory {run}: {error.strerror}; choose another --run") from None
+    if not lock(file):
+        file.close()
+        raise UserError(f"another process is training in {run}; wait for it or choose another --run")
+    return file
+
+
+def claim_directory(
+    config: Config, dataset: Dataset, facts: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[FileIO, Path | None, Checkpoint | None]:
+    """Lock the run's directory, read the checkpoint to continue from, store the settings; rank 0 alone.
+
+    Returns:
+        The lock, and the checkpoint's path and content; None to start anew.
+    """
+    run = config.run
+    lock_file = lock_run(run.run_dir)
+    start = find_start(config, dataset.fingerprint, say)
+    checkpoint = None if start is None else read_checkpoint(start, config.model)
+    # What this file tells the next start: resume, whatever this start was told.
+    foreign = start is not None and not is_own(start, run.run_dir)
+    next_run = replace(run, resume=str(start) if foreign else "auto", allow_config_change=False)
+    try:
+        write_config(replace(config, run=next_run), run.run_dir / "config.json")
+        write_whole(run.run_dir / "environment.json", json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run directory {run.run_dir}: {error.strerror}; choose another --run"
+        ) from None
+    return lock_file, start, checkpoint
+
+
+def build_model(
+    config: Config,
+    world: World,
+    plan: Plan,
+    dtype: str,
+    origin: Origin,
+    checkpoint: Checkpoint | None,
+    resuming: bool,
+) -> tuple[GPT, nn.Module]:
+    """The model with its first weights: a checkpoint's, those that `--init-from` names, or drawn from the seed.
+
+    Args:
+        checkpoint: rank 0's, where the run resumes.
+        resuming: whether rank 0 has one.
+
+    Returns:
+        The model, and what is called for a loss.
+    """
+    model = GPT(config.model)
+    if origin.weights is None and not resuming:
+        model.init_weights(config.run.seed)
+    model.to(world.device)
+    parameters = dict(model.named_parameters())
+    state: dict[str, Tensor] = {}
+    if checkpoint is not None:
+        state = dict(checkpoint.model)
+    elif origin.weights is not None and not resuming:
+        world.on_main(lambda: state.update(load_weights(origin)))
+    with torch.no_grad():
+        for name, tensor in world.share({name: state[name] for name in parameters} if state else None):
+            parameters[name].copy_(tensor)
+    return model, parallelize(model, config.run, world, dtype, plan.grad_accum_steps)
+
+
+def open_outputs(
+    config: Config,
+    world: World,
+    plan: Plan,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    step: int,
+    sample: int,
+    metrics_position: int,
+) -> tuple[Metrics, CheckpointWriter]:
+    """What rank 0 writes to."""
+    run = config.run
+    metrics = Metrics(
+        run.run_dir,
+        config=config,
+        flops_per_token=plan.flops_per_token,
+        device=world.device,
+        world_size=world.size,
+        start_step=step,
+        start_tokens=sample * config.model.block_size,
+        position=metrics_position,
+        dataset=dataset.manifest.name if dataset.manifest else config.data.data.name,
+    )
+    writer = CheckpointWriter(
+        run.run_dir / "checkpoints",
+        config.model,
+        tokenizer,
+        run.keep,
+        run.keep_every,
+        saved=metrics.checkpoint,
+        failed=metrics.message,
+    )
+    return metrics, writer
+
+
+def _silent(text: str) -> None:
+    pass
