@@ -2,7 +2,7 @@
 # Check and test everything: linter, formatter, types, tests. Sets itself up.
 #   bash scripts/test.sh            the suite
 #   bash scripts/test.sh --all      with the tests' long forms
-#   bash scripts/test.sh ARGS       ARGS go to pytest (-k loader, tests/test_model.py, ...)
+#   bash scripts/test.sh ARGS       ARGS go to pytest (-k loader, tests/model/test_gpt.py, ...)
 set -euo pipefail
 . "$(dirname "$0")/env.sh" full,test
 

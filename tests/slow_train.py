@@ -1,4 +1,4 @@
-"""train_gpt2.py, slowed down so that a test can hit a step, an evaluation or a save: for tests/test_train_kills.py."""
+"""train_gpt2.py, slowed down so that tests/end_to_end/test_kills.py can hit a step, an evaluation or a save."""
 
 from __future__ import annotations
 

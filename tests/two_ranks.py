@@ -1,4 +1,4 @@
-"""What tests/test_train_ranks.py looks at, done by two real processes:
+"""What tests/end_to_end/test_ranks.py looks at, done by two real processes:
 
     torchrun --nproc_per_node=2 two_ranks.py DATA OUT
 

@@ -1,4 +1,4 @@
-// The page's content, from the values that gpt2/report.py gathered.
+// The page's content, from the values that gpt2/report/content.py gathered.
 "use strict";
 
 const report = JSON.parse(document.getElementById("data").textContent);

@@ -1,4 +1,4 @@
-"""gpt2/generate.py against one forward pass a token, and against `transformers.generate`."""
+"""gpt2/generation/generate.py against one forward pass a token, and against `transformers.generate`."""
 
 from __future__ import annotations
 

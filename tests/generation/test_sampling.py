@@ -1,4 +1,4 @@
-"""gpt2/sampling.py against `transformers`' filters and against counted draws."""
+"""gpt2/generation/sampling.py against `transformers`' filters and against counted draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gpt2/attention.py against the definition written out, one query at a time."""
+"""gpt2/model/attention.py against the definition written out, one query at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gpt2/tiled_attention.py against the definition: values, gradients, windows, grouped heads, uneven tiles."""
+"""gpt2/model/attention_kernels.py against the definition: values, gradients, windows, grouped heads, uneven tiles."""
 
 from __future__ import annotations
 

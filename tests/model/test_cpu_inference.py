@@ -1,4 +1,4 @@
-"""gpt2/packed.py: the copies compute what the model computes, and share what they can."""
+"""gpt2/model/cpu_inference.py: the copies compute what the model computes, and share what they can."""
 
 from __future__ import annotations
 

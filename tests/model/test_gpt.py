@@ -1,4 +1,4 @@
-"""gpt2/model.py against a literal network, hand arithmetic and its promises about variants and padding."""
+"""gpt2/model/gpt.py against a literal network, hand arithmetic and its promises about variants and padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gpt2/huggingface.py and gpt2/hf_format.py against `transformers` itself, both ways."""
+"""gpt2/model/pretrained.py and gpt2/model/hf_format.py against `transformers` itself, both ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/sample.py and gpt2/text_stream.py: what a reader sees."""
+"""scripts/sample.py and gpt2/generation/text_stream.py: what a reader sees."""
 
 from __future__ import annotations
 
