@@ -73,9 +73,7 @@ def test_a_process_without_data_ends_the_run_by_its_own_error() -> None:
 
 
 def test_a_value_that_is_not_finite_stops_the_run_and_names_the_rank() -> None:
-    with pytest.raises(
-        Diverged, match=r"the loss is not finite on rank 1, 3 in step 7; the weights were not"
-    ) as caught:
+    with pytest.raises(Diverged, match=r"loss is not finite on rank 1, 3 in step 7; the weights") as caught:
         digest(make_run(), pending(7, loss=float("nan"), updated=False, nonfinite=True, bad_ranks=[1, 3]), MagicMock())
     assert caught.value.reason == "nonfinite"
     assert "--on-nonfinite skip" in caught.value.hint
@@ -90,9 +88,7 @@ def test_skipped_updates_are_recorded_and_too_many_in_a_row_end_the_run(nonfinit
     assert run.skips_in_a_row == 0
     for step in range(30, 30 + MAX_SKIPS_IN_A_ROW - 1):
         digest(run, pending(step, updated=False, nonfinite=nonfinite), MagicMock())
-    with pytest.raises(
-        Diverged, match=rf"{MAX_SKIPS_IN_A_ROW} updates in a row were skipped, the last at step 99"
-    ) as caught:
+    with pytest.raises(Diverged, match=rf"{MAX_SKIPS_IN_A_ROW} updates in a row .* at step 99") as caught:
         digest(run, pending(99, updated=False, nonfinite=nonfinite), MagicMock())
     assert caught.value.reason == reason
     assert ("--spike-zscore" in caught.value.hint) == (reason == "spike")
