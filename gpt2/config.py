@@ -341,8 +341,8 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[st
     """Settings that differ, as {"part.name": [old, new]}; None stands for one that is missing.
 
     Args:
-        old: of `Config.to_dict`.
-        new: likewise.
+        old: the settings before, as `Config.to_dict` returns them.
+        new: the settings now.
     """
     flat_old, flat_new = (
         {f"{part}.{name}": value for part, values in config.items() for name, value in values.items()}

@@ -46,7 +46,7 @@ def peak_flops(name: str) -> float | None:
     """Datasheet peak of a device for dense bf16, FLOP/s; None where it is not known (every CPU).
 
     Args:
-        name: of `device_name`.
+        name: the device's, as `device_name` returns it.
     """
     return next((peak for part, peak in PEAK_BF16_FLOPS if part in name), None)
 
@@ -84,7 +84,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """What a run's figures depend on besides its configuration, as JSON values.
 
     Args:
-        device: of this process; the others are taken to be alike.
+        device: this process's; the others are taken to be alike.
         world_size: processes of the run.
     """
     versions = {"python": platform.python_version(), "torch": torch.__version__}

@@ -55,7 +55,7 @@ class TokenProgress:
 
         Args:
             tokens: processed by this run.
-            fraction: of the whole job that is done, 0 to 1.
+            fraction: how much of the whole job is done, 0 to 1.
             note: ends the line.
         """
         now = self.now()

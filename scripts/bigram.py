@@ -117,7 +117,7 @@ def train_mlp(model: nn.Module, counts: Tensor, steps: int) -> Tensor:
     Args:
         model: (N,) ids to (N, V) logits.
         counts: (V, V) of the training split.
-        steps: of a learning rate that falls from 0.05 to 0.
+        steps: how many, with a learning rate that falls from 0.05 to 0.
     """
     tokens = torch.arange(len(counts))
     weights = counts.float()
@@ -163,9 +163,9 @@ def baselines(train: Tensor, val: Tensor, tokenizer: CharTokenizer, steps: int, 
     Args:
         train: (N,) ids.
         val: (M,) ids.
-        tokenizer: of both.
-        steps: of training an MLP.
-        seed: of their weights and the samples.
+        tokenizer: the vocabulary of both.
+        steps: how long an MLP is trained.
+        seed: draws their weights and the samples.
     """
     V = tokenizer.n_vocab
     counts, val_counts = count_pairs(train, V), count_pairs(val, V)

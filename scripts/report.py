@@ -30,7 +30,7 @@ def render(content: dict[str, Any], *, refresh: int | None = None) -> str:
     """The page as one HTML text that loads nothing.
 
     Args:
-        content: of `gpt2.report.content.report`.
+        content: what `gpt2.report.content.report` returned.
         refresh: seconds after which a browser reads the file again; None: never.
     """
     # "<" inside JSON could end the script element that holds it.
@@ -53,10 +53,10 @@ def write_report(
     Args:
         runs: to overlay.
         out: the page; pictures go beside it.
-        price: of a device-hour, None: no cost.
+        price: per device-hour; None: no cost is shown.
         png: draw the pictures too.
-        log_tokens: of the pictures; the page has a switch.
-        refresh: of `render`.
+        log_tokens: draw tokens on a logarithmic axis in the pictures; the page has a switch.
+        refresh: seconds after which a browser reads the file again; None: never.
 
     Raises:
         UserError: the place cannot be written to.

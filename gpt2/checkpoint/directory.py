@@ -45,7 +45,7 @@ class Checkpoint:
 
     Attributes:
         model: `GPT.state_dict()`'s tensors, whole.
-        optimizer: of `gpt2.train.optim.state_tensors`, whole.
+        optimizer: its state by name, whole, as `gpt2.train.optim.state_tensors` returns it.
         training: JSON values: "step" (steps finished) and whatever the trainer wants back.
     """
 
@@ -182,8 +182,8 @@ def read_checkpoint(path: Path, config: GPTConfig) -> Checkpoint:
     """Load a checkpoint into host memory.
 
     Args:
-        path: of a directory that `verify_checkpoint` passed.
-        config: of the model it is for.
+        path: a directory that `verify_checkpoint` passed.
+        config: the model it is for.
 
     Raises:
         UserError: it is of another shape, or unreadable.
@@ -207,7 +207,7 @@ def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> Path | Non
 
     Args:
         directory: RUN/checkpoints.
-        say: told of each damaged one that is passed over.
+        say: prints a line about each damaged one that is passed over.
 
     Raises:
         UserError: there are checkpoints, but every one is damaged.

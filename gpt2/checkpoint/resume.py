@@ -125,8 +125,8 @@ def find_start(config: Config, fingerprint: str, say: Callable[[str], None]) -> 
 
     Args:
         config: asked for; its model is the `Origin`'s.
-        fingerprint: of the data the run is to read.
-        say: told of what is passed over.
+        fingerprint: identity of the data the run is to read.
+        say: prints a line about what is passed over.
 
     Raises:
         UserError: the directory holds a run that can't be gone on with like this, or the checkpoint asked for is not

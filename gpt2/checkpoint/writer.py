@@ -55,12 +55,12 @@ class CheckpointWriter:
 
     Args:
         directory: RUN/checkpoints.
-        config: of the model.
-        tokenizer: of its tokens.
-        keep: of `prune_checkpoints`.
-        keep_every: of `prune_checkpoints`.
-        saved: told the step and path of each complete checkpoint.
-        failed: told a line about each that could not be written; training goes on.
+        config: the model's.
+        tokenizer: the model's.
+        keep: newest checkpoints that stay.
+        keep_every: checkpoints at multiples of this many steps stay, too; 0: none.
+        saved: called with the step and path of each complete checkpoint.
+        failed: called with a line about each that could not be written; training continues.
 
     `saved` and `failed` are called by whoever calls `busy` or `wait` next, not by the thread.
     """

@@ -52,7 +52,7 @@ class HangWatch:
 
     Args:
         directory: RUN/hang.
-        rank: of this process.
+        rank: this process's.
     """
 
     def __init__(self, directory: Path, rank: int):

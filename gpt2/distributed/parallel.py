@@ -25,7 +25,7 @@ def parallelize(model: GPT, config: RunConfig, world: World, dtype: str, grad_ac
         model: on its device, all weights in place; the optimizer is made afterwards, of its parameters.
         config: says what is wanted.
         world: the processes.
-        dtype: of `gpt2.precision.resolve_dtype`.
+        dtype: precision of matrix products, "bf16", "tf32" or "fp32".
         grad_accum_steps: forward and backward passes a step.
 
     Returns:

@@ -177,7 +177,7 @@ def world(device: str = "auto") -> Iterator[World]:
     """Join the processes torchrun started, nccl between GPUs and gloo between CPUs, and leave them at the end.
 
     Args:
-        device: of `pick_device`.
+        device: "auto", or a device of PyTorch's: "cuda", "cuda:1", "mps", "cpu".
     """
     rank, local_rank, size, local_size = (
         int(os.environ.get(name, default))

@@ -40,7 +40,7 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty: the fields of `gpt2.generation.sampling.Sampling`;
             temperature 0 is greedy.
         eot_token: ends its row, as the row's last token; None: rows end by length only.
-        seed: of the draws; row i's depend on the seed and on i.
+        seed: decides the draws; row i's depend on the seed and on i.
         dtype: to compute in, with a copy of the weights in it (see `gpt2.model.cpu_inference`); None: autocast's where
             it is on, else the weights' own.
         use_cache: keep keys and values instead of computing them anew for every token; the result is the same but

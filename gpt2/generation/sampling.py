@@ -95,7 +95,7 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
 
     Args:
         logits: (B, V) of `filter_logits`.
-        sampling: of which only the temperature matters here.
+        sampling: only its temperature matters here.
         generators: B of `row_generators`; not advanced at temperature 0.
     """
     if sampling.temperature == 0:

@@ -101,9 +101,9 @@ class Head:
 
     Args:
         model: sharded or not; every process must make its Head at the same time.
-        dtype: of the product.
-        chunk: positions at a time; the peak of memory is chunk · vocabulary logits in `dtype`, and
-        tile: of them at a time in fp32, twice. On a CPU few enough to stay in its cache.
+        dtype: precision of the product.
+        chunk: positions at a time; the peak of memory is chunk · vocabulary logits in `dtype`.
+        tile: positions at a time in fp32, twice; on a CPU few enough to stay in its cache.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, chunk: int, tile: int):
@@ -159,12 +159,12 @@ def evaluate(
     Args:
         model: in training or not, its blocks compiled or not, sharded (with `hidden` among FSDP's forward methods) or
             not.
-        examples: of `load_examples`.
+        examples: `load_examples` returns them.
         tokenizer: the model's; must be GPT-2's.
-        world: of the processes; the model is on its device.
+        world: the processes; the model is on their devices.
         convention: "completion" or "harness".
-        dtype: of matrix products. float32 is exact; bfloat16 rounds, which turns a few close calls. The softmax is
-            in fp32 in either.
+        dtype: precision of matrix products. float32 is exact; bfloat16 rounds, which turns a few close calls. The
+            softmax is in fp32 in either.
         token_budget: tokens a process passes through the model at a time, padding included: the bound of memory.
             None: CPU_TOKEN_BUDGET or GPU_TOKEN_BUDGET.
         compiled: whether to use the compiled form of blocks that have one, with batches of a few fixed shapes. Without

@@ -132,7 +132,7 @@ def open_console(total_steps: int, start_step: int, stream: TextIO | None = None
     """A live bar where `stream` is a terminal and rich is installed, else plain lines.
 
     Args:
-        total_steps: of the whole run.
+        total_steps: steps of the whole run.
         start_step: steps finished before this start.
         stream: None: standard output.
     """

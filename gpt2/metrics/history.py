@@ -97,7 +97,7 @@ def read_metrics(path: Path) -> History:
     """Parse a metrics file; one that is being written is read up to its last whole line.
 
     Args:
-        path: of a `metrics.jsonl`.
+        path: the `metrics.jsonl`.
 
     Raises:
         OSError: it cannot be read.

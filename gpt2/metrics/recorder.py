@@ -40,14 +40,14 @@ class Metrics:
 
     Args:
         run: the run's directory, which exists.
-        config: of the run.
+        config: the run's.
         flops_per_token: forward and backward, for MFU.
-        device: of this process; the run's other processes are taken to have the same.
+        device: this process's; the other processes are taken to have the same.
         world_size: processes of the run.
         start_step: steps finished when this start begins; what was recorded of later steps is superseded. 0: a new
             life, which supersedes all there is.
         start_tokens: tokens trained on until then; None: start_step times today's tokens a step.
-        position: of `position()` when the checkpoint was saved that this start goes on from; None: found from
+        position: what `position()` returned when the checkpoint was saved that this start resumes; None: found from
             start_step, which is the same unless the run once went back to an older checkpoint.
         dataset: name or source of the data set, which chooses the baselines.
         peak: FLOP/s of one device; None: the datasheet's, and no MFU where that is unknown.
@@ -282,8 +282,8 @@ class Metrics:
         Args:
             step: steps finished, the skipped one included.
             reason: such as "nonfinite" or "spike".
-            loss: of the step.
-            grad_norm: of the step.
+            loss: the step's mean, nats.
+            grad_norm: the step's, before clipping.
         """
         self._write("skip", step, {"reason": reason, "loss": loss, "grad_norm": grad_norm})
         self._stand_out(step, f"update skipped ({reason}): loss {loss:.4f}, gradient norm {grad_norm:.2f}")

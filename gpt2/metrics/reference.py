@@ -104,8 +104,8 @@ def loss_beside_gpt2(corpus: Corpus | None, size: Size | None, loss: float, val_
     """How far a validation loss is from the released GPT-2's, in words; None where that is not known.
 
     Args:
-        corpus: of `corpus_of`.
-        size: of `size_of`.
+        corpus: the data set, if it has published figures.
+        size: the model's GPT-2 size, if it has one.
         loss: mean over `val_tokens` tokens, nats.
         val_tokens: said where it is not the baselines' number.
     """

@@ -116,7 +116,7 @@ class Wandb:
         run: the run's directory; wandb's files go to RUN/wandb.
         mode: "online" or "offline".
         project: on the server.
-        run_id: of `new_run_id`; a run of that id is resumed.
+        run_id: made by `new_run_id`; a run with that id is resumed.
         config: the run's configuration and environment.
         samples: (step, prompt, text) of earlier starts.
         say: prints a line.

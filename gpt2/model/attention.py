@@ -29,7 +29,7 @@ class KVCache:
         config: the model's.
         batch_size: rows.
         max_length: tokens a row can hold.
-        dtype: of the keys and values kept, in which later tokens attend to them.
+        dtype: type of the stored keys and values, in which later tokens attend to them.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tens
     Args:
         q: (B, n_head, T, head_dim).
         k: (B, n_kv_head, S, head_dim); each serves n_head / n_kv_head neighbouring query heads.
-        v: as k.
+        v: values, of the same shape as k.
         mask: (B or 1, 1, T, S) bool, True where a query may look.
 
     Returns:
@@ -76,7 +76,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     Args:
         q: (B, n_head, T, head_dim).
         k: (B, n_kv_head, S, head_dim).
-        v: as k.
+        v: values, of the same shape as k.
         mask: (B or 1, 1, T, S) bool, True where a query may look. One that may look nowhere gets something finite.
     """
     groups = q.size(1) // k.size(1)
@@ -97,7 +97,7 @@ def flex_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tenso
     Args:
         q: (B, n_head, T, head_dim).
         k: (B, n_kv_head, T, head_dim), of the same tokens.
-        v: as k.
+        v: values, of the same shape as k.
         window: keys a query sees, itself included.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -150,7 +150,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) 
     Args:
         q: (B, n_head, T, head_dim).
         k: (B, n_kv_head, T, head_dim); each serves n_head / n_kv_head neighbouring query heads.
-        v: as k.
+        v: values, of the same shape as k.
         window: keys a query sees, itself included; None: all of its past.
 
     Returns:

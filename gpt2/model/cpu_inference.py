@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
         linear: to compute the same as.
         rows: inputs at a time it is laid out for; any number gives the same result.
         dtype: to compute in, whatever the inputs are; None: the weight's.
-        activation: of `_FUSED`; None: none.
+        activation: computed with the product, a name in `_FUSED`; None: none.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ def scoring_copy(model: GPT, dtype: torch.dtype, rows: int) -> GPT:
 
     Args:
         model: is left alone; its head, too, serves the copy as it is.
-        dtype: of the blocks' matrix products.
+        dtype: precision of the blocks' matrix products.
         rows: tokens that will be scored at a time.
     """
     if isinstance(model, FSDPModule) or model.wte.weight.device.type != "cpu" or not can_pack(dtype):

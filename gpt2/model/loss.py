@@ -57,7 +57,7 @@ def softmax_(logits: Tensor, targets: Tensor, vocab_size: int, cap: float | None
             in fp32.
         targets: (n, 1) ids below `vocab_size`.
         vocab_size: columns that are real; the others, if there are any, take no probability.
-        cap: as in `linear_cross_entropy`.
+        cap: logits are squashed to ±cap; None: left as they are.
 
     Returns:
         Log-probabilities of the targets, (n, 1), fp32.
@@ -100,7 +100,7 @@ def linear_cross_entropy(
         weight: (V, C), V ≥ vocab_size; rows past the vocabulary take no probability and get no gradient.
         targets: (N,) ids below vocab_size, or IGNORE.
         vocab_size: rows of `weight` that are real.
-        cap: of `softcap`.
+        cap: logits are squashed to ±cap; None: left as they are.
         chunk: positions that pass through the head at a time; None: `chunk_size`.
         softmax: `softmax_` in the form that is fastest here.
 

@@ -27,7 +27,7 @@ def prepare(request: Request, say: Callable[[str], None]) -> Manifest:
 
     Args:
         request: what to make.
-        say: told, in one line each, what a user should know.
+        say: prints a line that the user should see.
 
     Returns:
         The finished manifest.

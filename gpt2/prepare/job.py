@@ -25,14 +25,14 @@ class Request:
     """What is to be made.
 
     Attributes:
-        directory: of the shards.
+        directory: where the shards go.
         name: prefix of their names.
         source: the text.
         tokenizer: "gpt2" or "char".
         suffix: ".npy" or ".bin".
         shard_tokens: tokens a training shard.
         val_tokens: tokens of validation at least, by whole documents; None: see `_validation`.
-        max_tokens: of all shards together; None for no limit.
+        max_tokens: most tokens of all shards together; None: no limit.
         workers: processes.
         part: None for the whole source.
         keep_downloads: leave fetched files in the scratch directory.

@@ -37,9 +37,9 @@ class Layout:
     """Where shards end.
 
     Attributes:
-        directory: of the shards.
-        prefix: of the training shards' names, as in `PREFIX_000001.npy`.
-        val_prefix: of the validation shard's name; None where this part of the data set has none.
+        directory: where the shards go.
+        prefix: what the training shards' names begin with, as in `PREFIX_000001.npy`.
+        val_prefix: what the validation shard's name begins with; None where this part of the data set has none.
         suffix: ".npy" or ".bin".
         shard_tokens: tokens a training shard.
         val_tokens: validation ends with the document that brings it to so many tokens, or

@@ -41,7 +41,7 @@ def write_dataset(
     Args:
         directory: made where it is missing; must not hold another finished data set.
         train_tokens: 1-D, ids below `tokenizer.n_vocab`.
-        val_tokens: likewise; becomes shard 0.
+        val_tokens: 1-D, ids below `tokenizer.n_vocab`; becomes shard 0.
         tokenizer: goes into the manifest.
         name: prefix of the shards' names.
         source: where the text is from, for the manifest.

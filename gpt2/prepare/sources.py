@@ -39,7 +39,7 @@ class SourceFile:
         kind: "parquet", "jsonl" or "text".
         compression: "", ".gz" or ".zst".
         path: where it is; None where it has to be fetched.
-        text_bytes: of the texts in it, where that is known without reading it.
+        text_bytes: size of the texts in it, where that is known without reading it.
     """
 
     name: str
@@ -89,7 +89,7 @@ class FileProblem(UserError):
     """A file of the source cannot be used.
 
     Args:
-        number: of the file in the source.
+        number: the file's place in the source.
         message: what is wrong with it.
     """
 

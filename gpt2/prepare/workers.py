@@ -116,7 +116,7 @@ class Workers:
 
     Args:
         count: processes.
-        tokenizer: as in a manifest; None to collect characters only.
+        tokenizer: described as in a manifest; None to collect characters only.
     """
 
     def __init__(self, count: int, tokenizer: dict[str, Any] | None) -> None:

@@ -36,7 +36,7 @@ def report(runs: Sequence[Run], *, price: float | None = None, now: float | None
 
     Args:
         runs: to overlay, in order.
-        price: of one device for one hour, in any currency; None: no cost is given.
+        price: what one device costs per hour, in any currency; None: no cost is shown.
         now: Unix seconds; None: the clock.
     """
     names = distinct_names([run.directory for run in runs])

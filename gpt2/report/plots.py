@@ -21,7 +21,7 @@ def save_plots(report: Mapping[str, Any], directory: Path, *, log_tokens: bool =
     """Draw loss.png, hellaswag.png (where it was evaluated) and training.png; returns their paths.
 
     Args:
-        report: of `gpt2.report.content.report`.
+        report: what `gpt2.report.content.report` returned.
         directory: that the files go to.
         log_tokens: draw tokens on a logarithmic axis.
 

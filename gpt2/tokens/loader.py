@@ -32,7 +32,7 @@ def permute(index: np.ndarray, size: int, seed: int) -> np.ndarray:
 
     Args:
         index: integers in [0, size), any shape.
-        size: of the range.
+        size: how many numbers the range has.
         seed: chooses the permutation.
 
     Returns:
@@ -66,7 +66,7 @@ class Blocks:
         stream: the tokens.
         block_size: targets a block, so that it is block_size + 1 tokens long.
         vocab_size: every id must be below it.
-        seed: of the order; None: the stream's own.
+        seed: draws the order; None: the stream's own order.
 
     Raises:
         UserError: the stream is shorter than one block.
@@ -137,7 +137,7 @@ class Loader:
         blocks: the train split.
         sequences_per_step: over all processes.
         start: sample the first step begins with.
-        rank: of this process, of `world_size`.
+        rank: this process's, of `world_size`.
         micro_batch_size: sequences a forward pass; sequences_per_step is a multiple of it times world_size.
         device: the tokens go to.
     """

@@ -41,7 +41,7 @@ class ShardEntry:
         tokens: tokens in it.
         documents: documents that begin in it.
         bytes: UTF-8 bytes of those documents' text.
-        sha256: of the whole file.
+        sha256: checksum of the whole file.
         open_document: tokens so far of its last document, with which the next shard may go on; -1: none is open.
         lengths: histogram of the documents that end in it, in tokens without the end-of-text token,
             by the lower edge of their bin; see `length_bin`.

@@ -27,12 +27,12 @@ class Evaluator:
     """Evaluates the model a run trains; every process has one.
 
     Args:
-        config: of the run.
-        model: as `parallelize` left it.
+        config: the run's.
+        model: the GPT itself, compiled or sharded as `parallelize` left it.
         world: the run's processes.
-        dtype: of `gpt2.precision.resolve_dtype`.
+        dtype: precision of matrix products, "bf16", "tf32" or "fp32".
         val_blocks: the validation split.
-        tokenizer: of the data.
+        tokenizer: the data's.
         say: prints a line, on rank 0 alone.
 
     Raises:
@@ -75,7 +75,7 @@ class Evaluator:
 
         Args:
             step: steps finished.
-            metrics: told what came out.
+            metrics: records what came out.
 
         Returns:
             Validation loss, nats a token, the same in every process.

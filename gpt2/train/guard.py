@@ -18,7 +18,7 @@ class StepGuard:
     """Decides on the device, without making the host wait, whether a step's update may happen.
 
     Args:
-        device: of the losses and norms.
+        device: where losses and norms are computed.
         on_nonfinite: "stop": after the first loss or norm that is not finite no later update happens either, until the
             host has noticed and stops; "skip": only that step's update is left out.
         spike_zscore: also leave out updates whose loss or norm lies this many standard deviations above its mean.

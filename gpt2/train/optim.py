@@ -26,7 +26,7 @@ def make_optimizers(model: nn.Module, config: OptimConfig, device: torch.device)
 
     Args:
         model: a GPT, not wrapped: the parameters' names choose their group.
-        config: of the optimizers.
+        config: the optimizers' settings.
         device: the parameters are on.
 
     Raises:
@@ -108,8 +108,8 @@ def state_tensors(
     """The optimizers' state as tensors named `<state>.<parameter>`, such as `exp_avg.h.0.attn.c_attn.weight`.
 
     Args:
-        model: whose parameters they update.
-        optimizers: of `make_optimizers`.
+        model: the one they update.
+        optimizers: made by `make_optimizers`.
         gather: makes a tensor whole, where it is sharded, and keeps it where it should; every process calls it in the
             same order.
     """
@@ -132,8 +132,8 @@ def load_state_tensors(
     """Put back what `state_tensors` returned.
 
     Args:
-        model: whose parameters they update.
-        optimizers: of `make_optimizers`.
+        model: the one they update.
+        optimizers: made by `make_optimizers`.
         tensors: names and whole tensors.
         place: (whole tensor, parameter) to a copy on the parameter's device, sharded as it is.
 

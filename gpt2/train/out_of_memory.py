@@ -36,12 +36,12 @@ def fitting_micro_batch(
     The estimate of `gpt2.train.plan` is first raised to what has just proved not to fit.
 
     Args:
-        config: of the run that did not fit.
-        parameters: of the model.
+        config: the run that did not fit.
+        parameters: how many the model has.
         world_size: processes of the run.
-        dtype: of `gpt2.precision.resolve_dtype`.
+        dtype: precision of matrix products, "bf16", "tf32" or "fp32".
         device_type: such as "cuda".
-        device_memory_bytes: of `gpt2.train.plan.device_memory`; None: half the micro-batch is as good a guess as any.
+        device_memory_bytes: what the device has; None: unknown, and half the micro-batch is as good a guess as any.
     """
     size = config.data.micro_batch_size
     share = config.sequences_per_step // world_size
@@ -61,8 +61,8 @@ def advice(micro_batch_size: int | None, config: Config) -> str:
     """What to do about it, in the words of the command line.
 
     Args:
-        micro_batch_size: of `fitting_micro_batch`.
-        config: of the run that did not fit.
+        micro_batch_size: one that should fit; None: none does.
+        config: the run that did not fit.
     """
     if micro_batch_size is not None:
         return f"use --micro-batch-size {micro_batch_size}, which trains the same in more micro-steps"
@@ -93,10 +93,10 @@ def explain(error: BaseException, config: Config, parameters: int, world: World,
 
     Args:
         error: one that `is_out_of_memory`.
-        config: of the run that did not fit.
-        parameters: of the model.
+        config: the run that did not fit.
+        parameters: how many the model has.
         world: the run's processes.
-        dtype: of `gpt2.precision.resolve_dtype`.
+        dtype: precision of matrix products, "bf16", "tf32" or "fp32".
     """
     device = world.device
     fitting = fitting_micro_batch(config, parameters, world.size, dtype, device.type, device_memory(device))

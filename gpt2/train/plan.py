@@ -82,14 +82,14 @@ def make_plan(
     """Work out what a run will do.
 
     Args:
-        config: of the run.
+        config: the run's.
         dataset: it reads.
         train: its train split in blocks.
         val: its validation split in blocks.
         world_size: processes that share a step.
-        dtype: of `gpt2.precision.resolve_dtype`.
+        dtype: precision of matrix products, "bf16", "tf32" or "fp32".
         device_type: such as "cuda".
-        device_memory_bytes: of `device_memory`.
+        device_memory_bytes: what the device has; None: unknown.
 
     Raises:
         UserError: the plan can't work.

@@ -23,7 +23,7 @@ class StepProfiler:
     Args:
         directory: RUN/profile; receives one file.
         steps: to trace.
-        device: whose kernels are traced beside the host's calls.
+        device: its kernels are traced beside the host's calls.
         first_step: steps finished before the first one.
     """
 

@@ -35,7 +35,7 @@ class Run:
         dtype: precision of matrix products: "bf16", "tf32" or "fp32".
         environment: versions and hardware, for the checkpoints.
         dataset: the tokens; `train_blocks` and `val_blocks` are its splits, cut into sequences.
-        tokenizer: of the data.
+        tokenizer: the data's.
         plan: every number that follows from the configuration.
         model: the GPT itself, for evaluation, sampling and checkpoints.
         trained: the same model as `parallelize` wrapped it, to call for a loss.

@@ -17,7 +17,7 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
 
     Args:
         step: from 0.
-        total_steps: of the run; past them the last factor holds.
+        total_steps: the run's; past them the last factor holds.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -40,7 +40,7 @@ class StepNumbers:
         grad_norm: global, before clipping.
         updated: whether the weights were updated.
         nonfinite: whether loss or norm was not finite.
-        flags: of all processes.
+        flags: each raised if any process raised it.
         bad_ranks: processes whose own loss was not finite.
     """
 
@@ -117,7 +117,7 @@ def ranks_with_bad_gradient(model: nn.Module, batches: MicroBatches, world: Worl
         model: the GPT itself, not sharded; random numbers seeded as in the step.
         batches: this process's part of the step.
         world: the processes.
-        dtype: as in the step.
+        dtype: the precision the step was computed in.
     """
     for tokens, targets in batches:
         with autocast(world.device, dtype), training_backends(world.device):

@@ -95,8 +95,8 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
     Args:
         device: to measure.
-        dtype: of the product.
-        size: of its sides.
+        dtype: precision of the product.
+        size: rows and columns of the matrices.
     """
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(6))
@@ -112,7 +112,7 @@ class Worker:
 
     Args:
         make: called in the new process; importable by name.
-        arguments: of `make`; can be pickled.
+        arguments: what `make` is called with; can be pickled.
         environment: variables set there first.
     """
 

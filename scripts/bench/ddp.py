@@ -101,8 +101,8 @@ class Side:
 
     Args:
         config: model and batch.
-        device: of `gpt2.distributed.world.world`.
-        dtype: of `gpt2.precision.resolve_dtype`.
+        device: "auto", or a device of PyTorch's: "cuda", "cuda:1", "mps", "cpu".
+        dtype: precision of matrix products, "bf16", "tf32" or "fp32".
         grad_accum_steps: micro-batches a step.
     """
 

@@ -87,7 +87,7 @@ class Side:
     """The loader in a process of its own, with cold imports behind it.
 
     Args:
-        directory: of the shards.
+        directory: where the shards are.
         block_size: tokens a sequence.
         micro_batch_size: sequences.
         total_batch_tokens: tokens a step.
@@ -114,7 +114,7 @@ class Side:
         """Seconds that each of some batches was waited for.
 
         Args:
-            count: of batches.
+            count: how many batches.
             pause: seconds before each, for a step that computes.
         """
         waits = []

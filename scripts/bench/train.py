@@ -228,10 +228,10 @@ class Side:
     """One side of the comparison, in its own process.
 
     Args:
-        side: of SIDES.
+        side: one of SIDES.
         config: model and batch.
-        device: of `pick_device`.
-        dtype: of `resolve_dtype`.
+        device: "auto", or a device of PyTorch's: "cuda", "cuda:1", "mps", "cpu".
+        dtype: precision of matrix products, "bf16", "tf32" or "fp32".
     """
 
     def __init__(self, side: str, config: Config, device: str, dtype: str):
