@@ -157,7 +157,7 @@ def verify(directory: Path) -> int:
     from gpt2.tokens.dataset import open_dataset
     from gpt2.tokens.manifest import load_manifest
     from gpt2.tokens.tokenizer import GPT2Tokenizer
-    from gpt2.tokens.verify import check_foreign, check_manifest, manifests_of
+    from gpt2.tokens.verify import check_foreign, check_manifest, check_opens, manifests_of
 
     manifests = [load_manifest(path) for path in manifests_of(directory)]
     faults, shards = [], 0
@@ -181,6 +181,10 @@ def verify(directory: Path) -> int:
     unfinished = [manifest for manifest in manifests if not manifest.complete]
     if unfinished:
         print("what is there is good, but the data set is unfinished; run the command that makes it", file=sys.stderr)
+        return 1
+    problem = "" if any(manifest.part for manifest in manifests) else check_opens(directory)
+    if problem:
+        print(problem, file=sys.stderr)
         return 1
     what = "their manifest" if manifests else "the format; no manifest says more"
     print(f"all {shards} shards agree with {what}")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+_HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys, that turn its direction, or that it cannot show."""
 
 
 class UserError(Exception):
@@ -22,6 +28,28 @@ class UserError(Exception):
         self.alone = alone
 
 
+class LaterVersion(UserError):
+    """A later version of this program wrote a file: it is whole, and to be read by an update, not to be set aside."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but a word that is wrong is told in one line, like any other `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise UserError(f"{message}; {self.prog} --help lists the options")
+
+
+def visible(text: str, keep: str = "") -> str:
+    """A foreign text with its control characters written out, so that no terminal obeys them: "\\x1b[2J".
+
+    Args:
+        text: a name, a sample, a reason, from a file or a model.
+        keep: characters to leave, such as "\\n\\t".
+    """
+    return _HIDDEN.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says, without the paragraphs behind it; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
@@ -32,7 +60,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
     A `UserError` becomes one line on stderr and exit code 2, from one process only of those torchrun started on a
     machine. Ctrl-C exits with 130, a closed pipe (`... | head`) silently with 141. Characters that the terminal's
-    encoding lacks are printed as "?".
+    encoding lacks are printed as "?". So does what the system says of a file: it is not there, or the disk is full.
 
     Args:
         main: returns the exit code; None counts as 0.
@@ -45,7 +73,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
     except UserError as error:
         if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {visible(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -53,4 +81,10 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         # Python would complain again while closing stdout; give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:  # of a file that is not there, not ours to read, on a full disk
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        name = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {visible(name + (error.strerror or str(error)))}", file=sys.stderr)
+        code = 2
     sys.exit(code)

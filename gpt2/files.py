@@ -7,13 +7,35 @@ temporary sibling, `.NAME.PID.tmp`, which is synced to disk and renamed. What a 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
+import json
+import math
 import os
+import stat
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Annotated, Any, BinaryIO, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from gpt2.errors import UserError
+
+T = TypeVar("T")
+
+Count = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
+"""A whole number of a file's schema, from 0 on."""
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+"""A finite number of a file's schema."""
+Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+"""A SHA-256 in a file's schema, in hexadecimal."""
+
+MAX_JSON_BYTES = 1 << 28
+"""No JSON file of ours or of a model comes near this size."""
+_MAX_DEPTH = 32  # of brackets in brackets; our deepest file has 5
+_MAX_DIGITS = 40  # of a whole number; more count as infinite
 
 TEMPORARY = ".tmp"
 """Ending of a temporary file's name, which begins with a dot."""
@@ -90,6 +112,146 @@ def write_whole(path: Path, content: bytes | str, *, sync: bool = True) -> None:
         file.write(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
 
 
+def open_plain(path: Path) -> BinaryIO:
+    """Open a plain file, or a link to one, for reading; anything else is refused at once, and never waited for.
+
+    Raises:
+        OSError: there is no such file, or it is a FIFO, a device, a directory.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    return os.fdopen(_plain(os.open(path, flags), path), "rb")
+
+
+def open_own(path: Path) -> FileIO:
+    """Open a file of ours to append to, to read, or to lock; made where it is missing.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, a FIFO, a device.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return FileIO(_plain(os.open(path, flags, 0o666), path), "a+")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            error.strerror = "it is a link, which is not followed"
+        raise
+
+
+def _plain(handle: int, path: Path) -> int:
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+
+
+def read_plain(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """A plain file's content.
+
+    Args:
+        path: of the file, or of a link to it.
+        limit: bytes it may have.
+
+    Raises:
+        OSError: it is longer, not there, not a plain file, or cannot be read.
+    """
+    with open_plain(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+    return content
+
+
+def parse_json(content: bytes | str, where: str) -> Any:
+    """JSON whose size, depth and numbers are bounded; lone surrogates are read as they are.
+
+    Args:
+        content: one JSON value.
+        where: what errors call it.
+
+    Raises:
+        UserError: it is not JSON, holds a number that is not finite, or brackets in brackets too deep.
+    """
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8", "surrogatepass")
+        value = json.loads(text, parse_int=_parse_int)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"{where} is not JSON of ours: it nests brackets too deep") from None
+    level = [("", value)]
+    for _ in range(_MAX_DEPTH):
+        below: list[tuple[str, Any]] = []
+        for name, item in level:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise UserError(f"{where}: {name or 'it'} is not a finite number that fits into 64 bits")
+            pairs = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
+            below += [(f"{name}.{key}" if name else str(key), child) for key, child in pairs]
+        if not below:
+            return value
+        level = below
+    raise UserError(f"{where} is not JSON of ours: it nests brackets too deep")
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MAX_DIGITS else math.inf
+
+
+@functools.cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+def check(value: Any, schema: type[T], where: str) -> T:
+    """The value as an object of `schema`.
+
+    Args:
+        value: of `parse_json`.
+        schema: any type that pydantic knows, such as a dataclass; `__pydantic_config__ = FORBID` in it refuses fields
+            it does not have.
+        where: what errors call it, such as the file's path.
+
+    Raises:
+        UserError: naming the first field that is missing, unknown, or has a value it may not have.
+    """
+    try:
+        checked: T = _adapter(schema).validate_python(value)  # type: ignore[arg-type]
+        return checked
+    except UserError as error:  # of a relation that a dataclass checks itself
+        raise UserError(f"{where}: {error}") from None
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+        field = ".".join(map(str, first["loc"])) or "it"
+        rule = first["msg"].replace("Input should be", "it must be")
+        problem = {"missing": f"{field} is missing", "extra_forbidden": f"{field} is unknown to this version"}.get(
+            first["type"], f"{field} is {first['input']!r:.80}; {rule[:1].lower()}{rule[1:]}"
+        )
+        more = f" (and {len(others)} more)" if others else ""
+        raise UserError(f"{where}: {problem}{more}") from None
+
+
+FORBID: Any = {"extra": "forbid"}
+"""As `__pydantic_config__` of a schema: a field that it does not have is refused."""
+
+
+def read_json(path: Path, schema: type[T]) -> T:
+    """What a JSON file holds, checked.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        UserError: it cannot be read, or does not hold what it should; in one line with path, field and value.
+    """
+    try:
+        content = read_plain(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return check(parse_json(content, str(path)), schema, str(path))
+
+
 def sync_file(path: Path) -> None:
     """Bring a file's content to disk."""
     with path.open("rb") as file:
@@ -128,7 +290,7 @@ def make_directory(directory: Path, flag: str) -> None:
         raise UserError(f"cannot write to {directory}: permission denied; choose another {flag}")
 
 
-def lock(file: IO[Any], *, shared: bool = False) -> bool:
+def lock(file: IO[Any] | FileIO, *, shared: bool = False) -> bool:
     """Claim an open file until it is closed or its process dies; False if another process holds it.
 
     True as well where the system or file system knows no locks.
@@ -160,7 +322,7 @@ def hash_file(file: IO[bytes]) -> Any:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         digest: str = hash_file(file).hexdigest()
     return digest
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt2.errors import UserError
-from gpt2.files import lock, make_directory
+from gpt2.files import TEMPORARY, lock, make_directory, open_own
 from gpt2.prepare.download import Fetcher
 from gpt2.prepare.job import Request, continued_manifest, new_manifest
 from gpt2.prepare.shard_builder import Assembler, Layout
@@ -46,7 +46,7 @@ def prepare(request: Request, say: Callable[[str], None]) -> Manifest:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"disk full in {request.directory}; make room and run the same command again") from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        if error.filename is not None:
             raise UserError(f"cannot write to {request.directory}: {error.strerror} ({error.filename})") from error
         raise
 
@@ -65,8 +65,9 @@ def _prepare(request: Request, say: Callable[[str], None]) -> Manifest:
             _refuse_strangers(request)
             manifest, missing = new_manifest(request, fetcher, say), []
             save_manifest(request.manifest_path, manifest)
-        for stale in request.directory.glob(f".{_prefix(request)}_*.tmp"):
-            stale.unlink()
+        for name in (f"{_prefix(request)}_", f"{request.manifest_path.name}."):  # what a kill left
+            for stale in request.directory.glob(f".{name}*{TEMPORARY}"):
+                stale.unlink()
         if request.tokenizer == "gpt2" and not isinstance(gpt2_tokenizer().encode_fast, FastEncoder):
             say("the fast encoder is not exact with this tiktoken; tokenizing with tiktoken's own, which is slower")
         say(f"tokenizing in {request.workers} process{'es' if request.workers > 1 else ''}")
@@ -88,7 +89,9 @@ def _make_shards(
 ) -> Manifest:
     """Write shards `first` to `stop` - 1, or to the end of the source."""
     with_val = request.part is None or request.part.number == 1
-    validation = manifest.options["validation"]
+    validation = manifest.options.get("validation")
+    if not validation:
+        raise UserError(f"{request.manifest_path}: options.validation is missing; restore it, or choose another --out")
     layout = Layout(
         directory=request.directory,
         prefix=_prefix(request),
@@ -100,7 +103,10 @@ def _make_shards(
         max_tokens=request.max_tokens,
     )
     start = manifest.shards[first - 1].next if first else Position()
-    assert start is not None  # only the last shard of a finished data set has nothing after it
+    if start is None:  # the last shard of a finished data set, or one that was edited
+        raise UserError(
+            f"{request.manifest_path}: shards.{first - 1}.next is missing; restore it, or choose another --out"
+        )
     assembler = Assembler(layout, manifest, request.manifest_path, first, stop)
     part = request.part or Part()
     units = Units(request.source, part, fetcher, start)
@@ -178,7 +184,7 @@ def _refuse_strangers(request: Request) -> None:
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
     """Hold a lock as long as this process makes what the manifest `path` describes."""
-    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+    with open_own(path.with_name(f".{path.name}.lock")) as file:
         if not lock(file):
             raise UserError(f"another process is at work in {path.parent}; wait for it, or end it")
         yield

@@ -124,6 +124,7 @@ class Assembler:
     def finish(self) -> None:
         """The source, or what was asked of it, is at its end: write what is left and complete the manifest."""
         if self._stop is not None:
+            self._require_filled(self._stop)
             return
         self._close_document(0)
         if self.total == 0 and self.manifest.part is None:
@@ -148,8 +149,17 @@ class Assembler:
                 next=None,
             )
             self.manifest = replace(self.manifest, shards=(*self.manifest.shards[:-1], last))
+        self._require_filled(len(self.manifest.shards))
         self.manifest = replace(self.manifest, complete=True, seconds=self._seconds())
         save_manifest(self._manifest_path, self.manifest)
+
+    def _require_filled(self, stop: int) -> None:
+        """UserError where the source ended before shard `stop` - 1 was made again."""
+        if self._index < stop and not self.done:
+            raise UserError(
+                f"{self.manifest.shards[self._index].file} cannot be made again: the source ends before it; restore "
+                f"{self._manifest_path} or the shard, or tokenize into an empty directory"
+            )
 
     def _cut(self, unit: UnitTokens, at: int) -> tuple[int, bool]:
         """How far the unit goes into the current shard from `at` on, and whether that fills the shard."""

@@ -178,11 +178,15 @@ def open_dataset(directory: Path | str) -> Dataset:
         raise UserError(f"{directory} mixes uint16 and uint32 shards; keep one data set a directory")
     if manifest is not None:
         for entry in manifest.shards:
-            found = headers[directory / entry.file].tokens
-            if found != entry.tokens:
+            header, where = headers[directory / entry.file], directory / entry.file
+            if header.tokens != entry.tokens:
                 raise UserError(
-                    f"shard {directory / entry.file} holds {found:,} tokens, the manifest says "
+                    f"shard {where} holds {header.tokens:,} tokens, the manifest says "
                     f"{entry.tokens:,}; copy or tokenize it again"
+                )
+            if header.dtype.name != manifest.dtype:
+                raise UserError(
+                    f"shard {where} holds {header.dtype}, {directory / MANIFEST_NAME} says {manifest.dtype}"
                 )
     streams = {s: TokenStream(paths, [headers[p] for p in paths]) for s, paths in splits.items()}
     for split, stream in streams.items():

@@ -13,22 +13,68 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from gpt2.errors import UserError
-from gpt2.files import write_whole
+from pydantic import Field
+
+from gpt2.errors import LaterVersion, UserError
+from gpt2.files import FORBID, MAX_JSON_BYTES, Count, Number, Sha256, check, parse_json, read_plain, write_whole
 from gpt2.tokens.tokenizer import Tokenizer, tokenizer_to_dict
 
 MANIFEST_NAME = "manifest.json"
 _VERSION = 1
+MAX_PARTS = 9999
+"""Parts a data set may be made in: their numbers have four digits in file names."""
 
 
 class Position(NamedTuple):
     """A place in the source: `skip` tokens into unit `unit` of file number `file`."""
 
-    file: int = 0
-    unit: int = 0
-    skip: int = 0
+    file: Count = 0
+    unit: Count = 0
+    skip: Count = 0
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """What `tokenizer` of a manifest holds; see `tokenizer_to_dict`."""
+
+    name: str
+    n_vocab: Annotated[int, Field(strict=True, ge=1, le=2**32)]
+    eot_token: Count | None
+    sha256: Sha256 | None = None
+    chars: Any = None
+
+
+@dataclass(frozen=True)
+class _SourceFile:
+    """What an entry of `source.files` holds; small data sets give no size."""
+
+    name: str
+    id: str | None = None
+    size: Count = 0
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What `source` holds."""
+
+    description: str = ""
+    revision: str | None = None
+    files: tuple[_SourceFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `options` holds; see `gpt2.prepare.job`."""
+
+    __pydantic_config__ = FORBID
+
+    suffix: Literal[".npy", ".bin"] | None = None
+    shard_tokens: Count | None = None
+    val_tokens: Count | None = None
+    max_tokens: Count | None = None
+    validation: dict[Literal["tokens", "documents"], Count] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,16 +96,18 @@ class ShardEntry:
         next: where in the source the next shard begins; None where there is no source to return to.
     """
 
-    file: str
-    split: str
-    tokens: int
-    documents: int
-    bytes: int
-    sha256: str
-    open_document: int = -1
-    lengths: dict[int, int] = field(default_factory=dict)
-    skipped: int = 0
-    replaced: int = 0
+    __pydantic_config__ = FORBID
+
+    file: Annotated[str, Field(pattern=r"\A[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,250}\.(npy|bin)\z")]
+    split: Annotated[str, Field(pattern=r"\A(train|val)\z")]
+    tokens: Count
+    documents: Count
+    bytes: Count
+    sha256: Sha256
+    open_document: Annotated[int, Field(strict=True, ge=-1)] = -1
+    lengths: dict[int, Count] = field(default_factory=dict)
+    skipped: Count = 0
+    replaced: Count = 0
     next: Position | None = None
 
 
@@ -80,16 +128,54 @@ class Manifest:
         seconds: time spent tokenizing, over all runs that made these shards.
     """
 
-    name: str
-    complete: bool
+    __pydantic_config__ = FORBID
+
+    name: Annotated[str, Field(pattern=r"\A[^/\\\x00-\x1f\x7f]{0,200}\z")]
+    complete: Annotated[bool, Field(strict=True)]
     source: dict[str, Any]
     tokenizer: dict[str, Any]
-    dtype: str
+    dtype: Annotated[str, Field(pattern=r"\Auint(16|32)\z")]
     options: dict[str, Any] = field(default_factory=dict)
     shards: tuple[ShardEntry, ...] = ()
-    part: tuple[int, int] | None = None
+    part: tuple[Count, Count] | None = None
     failed_file: str | None = None
-    seconds: float = 0.0
+    seconds: Annotated[Number, Field(ge=0)] = 0.0
+
+    def check(self, where: str) -> None:
+        """Look at the parts that are plain dicts, and at what the fields say of each other.
+
+        Args:
+            where: the manifest's path, for the message.
+
+        Raises:
+            UserError: they are not what they should be.
+        """
+
+        def require(holds: bool, problem: str) -> None:
+            if not holds:
+                raise UserError(f"{where}: {problem}")
+
+        tokenizer = check(self.tokenizer, _Tokenizer, f"{where}: tokenizer")
+        source = check(self.source, _Source, f"{where}: source")
+        check(self.options, _Options, f"{where}: options")
+        ids, eot = tokenizer.n_vocab, tokenizer.eot_token
+        require(eot is None or eot < ids, f"tokenizer.eot_token is {eot}; tokenizer.n_vocab is {ids}")
+        require(ids <= 2**16 or self.dtype == "uint32", f"dtype is {self.dtype}; {ids} ids need uint32")
+        if tokenizer.name == "char":
+            found = len(tokenizer.chars) if isinstance(tokenizer.chars, str) else 0
+            require(found == ids, f"tokenizer.chars has {found} characters; tokenizer.n_vocab is {ids}")
+        part, of = self.part or (1, 1)
+        require(1 <= part <= of <= MAX_PARTS, f"part is [{part}, {of}]; it must be [i, n], 1 ≤ i ≤ n ≤ {MAX_PARTS}")
+        names: set[str] = set()
+        place = Position()
+        for number, shard in enumerate(self.shards):
+            require(shard.file.lower() not in names, f"shards.{number}.file is {shard.file}, as is an earlier one's")
+            names.add(shard.file.lower())
+            if shard.next is not None:
+                said = f"shards.{number}.next is {list(shard.next)}"
+                require(shard.next >= place, f"{said}; the shard before it ends at {list(place)}")
+                require(shard.next.file <= len(source.files), f"{said}; the source has {len(source.files)} files")
+                place = shard.next
 
     @property
     def eot_token(self) -> int | None:
@@ -140,30 +226,32 @@ def save_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Read a manifest. UserError where it is not one, or is of a later version."""
+    """Read a manifest.
+
+    Raises:
+        LaterVersion: a later version of this program wrote it.
+        UserError: it cannot be read, or does not hold what a manifest must.
+    """
     try:
-        content = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
-        if content["format"] != "gpt2-shards":
-            raise ValueError(f"format is {content['format']!r}")
-        if content["version"] > _VERSION:
-            raise UserError(
-                f"{path} is of version {content['version']}; this program reads up to {_VERSION}: update it"
-            )
-        shards = tuple(_shard_from_dict(entry) for entry in content["shards"])
-        fields = {f.name: content[f.name] for f in dataclasses.fields(Manifest)}
-        part = tuple(content["part"]) if content["part"] else None
-        return Manifest(**{**fields, "shards": shards, "part": part})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a manifest of this program ({type(error).__name__}: {error}); "
-            "restore it, or tokenize again into an empty directory"
-        ) from error
-
-
-def _shard_from_dict(entry: dict[str, Any]) -> ShardEntry:
-    place = Position(*entry["next"]) if entry["next"] is not None else None
-    lengths = {int(edge): int(count) for edge, count in entry["lengths"].items()}
-    return ShardEntry(**{**entry, "next": place, "lengths": lengths})
+        content = parse_json(read_plain(path, MAX_JSON_BYTES), str(path))
+        if not isinstance(content, dict) or content.get("format") != "gpt2-shards":
+            raise UserError(f"{path} is not a manifest of this program: it has no format 'gpt2-shards'")
+        version = check(content.get("version"), Count, f"{path} is not a manifest of this program: its version")
+        if version > _VERSION:
+            raise LaterVersion(f"{path} is of version {version}; this program reads up to {_VERSION}: update it")
+        fields = {name: value for name, value in content.items() if name not in ("format", "version", "statistics")}
+        missing = {f.name for f in dataclasses.fields(Manifest)} - fields.keys()
+        if missing:
+            raise UserError(f"{path}: {min(missing)} is missing")
+        manifest = check(fields, Manifest, str(path))
+        manifest.check(str(path))
+    except LaterVersion:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{error}; restore it, or tokenize again into an empty directory") from None
+    return manifest
 
 
 def foreign_fingerprint(files: Iterable[tuple[str, int]]) -> str:

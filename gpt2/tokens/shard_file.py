@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2.errors import UserError
-from gpt2.files import create, finish, hash_file, temporary_sibling
+from gpt2.files import create, finish, hash_file, open_plain, temporary_sibling
 
 _BIN_HEADER_BYTES = 256 * 4
 # dtype → (magic number, version) in words 0 and 1 of a `.bin` header; the token count is word 2.
@@ -35,7 +35,7 @@ class ShardHeader(NamedTuple):
 def read_header(path: Path) -> ShardHeader:
     """Header of a shard, checked against the size of its file. UserError where they disagree."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             header = _npy_header(path, file) if path.suffix == ".npy" else _bin_header(path, file)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -56,8 +56,12 @@ def _npy_header(path: Path, file: Any) -> ShardHeader:
         if version != (1, 0):
             read = np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    except ValueError as error:
-        raise UserError(f"shard {path} is not a NumPy file ({error}); tokenize it again") from error
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python, which fails in many ways
+        raise UserError(
+            f"shard {path} is not a NumPy file ({type(error).__name__} in its header); copy or tokenize it again"
+        ) from error
     if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         raise UserError(f"shard {path} holds {dtype} of shape {shape}; expected one dimension of uint16 or uint32")
     return ShardHeader(int(shape[0]), dtype, file.tell())

@@ -12,10 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from gpt2.errors import UserError
+from gpt2.files import open_plain
+from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.manifest import MANIFEST_NAME, Manifest, ShardEntry, load_manifest, save_manifest
 from gpt2.tokens.shard_file import read_header
 
 _BLOCK_TOKENS = 1 << 21
+SHORTEST_SPLIT = 65
+"""Tokens that the shortest sequence of any preset and its last target take; no preset can use a smaller split."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,12 @@ def manifests_of(directory: Path) -> list[Path]:
 
 
 def check_shard(
-    path: Path, entry: ShardEntry | None, n_vocab: int | None, eot: int | None, begins_document: bool = False
+    path: Path,
+    entry: ShardEntry | None,
+    n_vocab: int | None,
+    eot: int | None,
+    begins_document: bool = False,
+    dtype: str | None = None,
 ) -> ShardCheck:
     """Read a whole shard and compare it with its entry.
 
@@ -59,22 +68,28 @@ def check_shard(
         n_vocab: ids must be below it; None for no limit.
         eot: id that begins a document; None where there is none.
         begins_document: its first token must be `eot`, because it begins a split.
+        dtype: that its manifest gives; None: any.
     """
     try:
         header = read_header(path)
     except UserError as error:
         return ShardCheck(path, problem=str(error).removeprefix(f"shard {path} "))
+    if dtype is not None and header.dtype.name != dtype:
+        return ShardCheck(path, header.tokens, problem=f"holds {header.dtype.name}, the manifest says {dtype}")
     digest = hashlib.sha256()
     documents, largest, first = 0, -1, None
-    with open(path, "rb") as file:
-        digest.update(file.read(header.offset))
-        while data := file.read(_BLOCK_TOKENS * header.dtype.itemsize):
-            digest.update(data)
-            tokens = np.frombuffer(data, header.dtype)
-            largest = max(largest, int(tokens.max()))
-            first = int(tokens[0]) if first is None else first
-            if eot is not None:
-                documents += int(np.count_nonzero(tokens == eot))
+    try:
+        with open_plain(path) as file:
+            digest.update(file.read(header.offset))
+            while data := file.read(_BLOCK_TOKENS * header.dtype.itemsize):
+                digest.update(data)
+                tokens = np.frombuffer(data, header.dtype)
+                largest = max(largest, int(tokens.max()))
+                first = int(tokens[0]) if first is None else first
+                if eot is not None:
+                    documents += int(np.count_nonzero(tokens == eot))
+    except OSError as error:
+        return ShardCheck(path, header.tokens, problem=f"cannot be read: {error.strerror}")
     found = ShardCheck(path, header.tokens, documents, largest)
     if entry is not None and header.tokens != entry.tokens:
         return replace(found, problem=f"{header.tokens:,} tokens, the manifest says {entry.tokens:,}")
@@ -106,7 +121,7 @@ def check_foreign(paths: Sequence[Path], n_vocab: int | None, eot: int | None) -
 
 
 def _shard_job(path: Path, entry: ShardEntry, manifest: Manifest, begins: bool) -> Callable[[], ShardCheck]:
-    return lambda: check_shard(path, entry, manifest.tokenizer["n_vocab"], manifest.eot_token, begins)
+    return lambda: check_shard(path, entry, manifest.tokenizer["n_vocab"], manifest.eot_token, begins, manifest.dtype)
 
 
 def _foreign_job(path: Path, n_vocab: int | None, eot: int | None) -> Callable[[], ShardCheck]:
@@ -117,6 +132,21 @@ def _run_threads(jobs: Iterable[Callable[[], ShardCheck]]) -> Iterator[ShardChec
     # Hashing and NumPy release the interpreter lock; more threads than this would only fight for the disk.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(lambda job: job(), jobs)
+
+
+def check_opens(directory: Path) -> str:
+    """Why training would refuse a whole data set whose shards are sound; "" where it would not."""
+    try:
+        dataset = open_dataset(directory)
+        dataset.tokenizer()
+    except UserError as error:
+        return str(error)
+    for name, split in (("val", dataset.val), ("train", dataset.train)):
+        if dataset.manifest is not None and len(split) < SHORTEST_SPLIT:
+            return (
+                f"the {name} split of {directory} has {len(split)} tokens, too few for one sequence; tokenize more text"
+            )
+    return ""
 
 
 def merge_parts(directory: Path) -> Manifest:

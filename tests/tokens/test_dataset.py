@@ -280,7 +280,7 @@ def test_wrong_manifests_are_told_in_one_line(tmp_path):
     assert "is unfinished" in damaged("a", unfinished)
     assert "cannot read shard" in damaged("b", lambda d: (d / "tokens_train_000001.npy").unlink())
     assert "holds 999 tokens, the manifest says 1,000" in damaged("c", shorter)
-    assert "is not a manifest" in damaged("d", lambda d: (d / MANIFEST_NAME).write_text("{"))
+    assert "is not JSON" in damaged("d", lambda d: (d / MANIFEST_NAME).write_text("{"))
     assert "is not a manifest" in damaged("e", lambda d: (d / MANIFEST_NAME).write_text('{"format": "gpt2-shards"}'))
     assert "is not a manifest" in damaged("f", lambda d: (d / MANIFEST_NAME).write_text("[]"))
     later = '{"format": "gpt2-shards", "version": 2}'
