@@ -51,6 +51,21 @@ def peak_flops(name: str) -> float | None:
     return next((peak for part, peak in PEAK_BF16_FLOPS if part in name), None)
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 in hardware; one that emulates it takes many times as long as for fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # oneDNN is what multiplies it
+        return False
+    # oneDNN can be told to leave newer instructions alone, to try on this processor what happens on an older one.
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
+    if not any(part in limit.upper() for part in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
+        return False
+    # PyTorch has no public question for it, and an unknown answer counts as no. The last one is Arm's.
+    x86 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    return x86 or bool(getattr(torch.cpu, "get_capabilities", dict)().get("bf16"))
+
+
 def memory_bytes(device: torch.device) -> int | None:
     """Largest memory this process has held: of the GPU on one, resident memory on a CPU; None where unknown."""
     if device.type == "cuda":

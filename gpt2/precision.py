@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from gpt2.errors import UserError
+from gpt2.hardware import multiplies_bf16
 
 
 def resolve_dtype(choice: str, device: torch.device) -> str:
@@ -20,10 +21,7 @@ def resolve_dtype(choice: str, device: torch.device) -> str:
     Raises:
         UserError: the device can't.
     """
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = device.type == "cpu" and _cpu_multiplies_bf16()
+    has_bf16 = multiplies_bf16(device)
     if choice == "auto":
         return "bf16" if has_bf16 else "tf32" if device.type == "cuda" else "fp32"
     if choice == "tf32" and device.type != "cuda":
@@ -31,13 +29,6 @@ def resolve_dtype(choice: str, device: torch.device) -> str:
     if choice == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16; use --dtype tf32 or fp32")
     return choice
-
-
-def _cpu_multiplies_bf16() -> bool:
-    # PyTorch has no public question for it; an unknown answer counts as no.
-    return any(
-        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
 
 
 def set_matmul_precision(dtype: str) -> None:

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from gpt2.hardware import device_name, environment, memory_bytes, peak_flops
+from gpt2.hardware import device_name, environment, memory_bytes, multiplies_bf16, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,40 @@ from gpt2.hardware import device_name, environment, memory_bytes, peak_flops
 def test_datasheet_peaks_by_name(name: str, tera: float | None) -> None:
     peak = peak_flops(name)
     assert peak == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+@pytest.mark.parametrize(
+    ("x86", "arm", "limit", "onednn", "expected"),
+    [
+        ("avx512_bf16", False, "", True, True),
+        ("amx_tile", False, "DEFAULT", True, True),
+        ("avx512", False, "", True, False),
+        ("avx512_bf16", False, "AVX2", True, False),
+        ("avx512_bf16", False, "avx512_core_vnni", True, False),
+        ("avx512_bf16", False, "AVX512_CORE_BF16", True, True),
+        ("amx_tile", False, "AVX512_CORE_AMX", True, True),
+        ("", True, "", True, True),
+        ("", True, "", False, False),  # PyTorch for macOS: instructions that nobody uses
+        ("", False, "", True, False),
+    ],
+)
+def test_cpus_that_multiply_bf16(
+    monkeypatch: pytest.MonkeyPatch, x86: str, arm: bool, limit: str, onednn: bool, expected: bool
+) -> None:
+    for name in ("avx512_bf16", "amx_tile", "avx512"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == x86, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True} if arm else {}, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert multiplies_bf16(torch.device("cpu")) == expected
+
+
+def test_other_devices_that_multiply_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not multiplies_bf16(torch.device("mps"))
+    # A T4 emulates it.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not multiplies_bf16(torch.device("cuda"))
 
 
 def test_memory_is_the_peak_of_this_process() -> None:

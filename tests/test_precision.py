@@ -15,7 +15,7 @@ CUDA = torch.device("cuda")
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: str) -> None:
-    monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: has_bf16)
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: has_bf16 and device.type == "cpu")
     assert resolve_dtype("auto", CPU) == expected
     assert resolve_dtype("bf16", CPU) == "bf16"  # slowly, but it can
     assert resolve_dtype("fp32", CPU) == "fp32"
