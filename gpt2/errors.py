@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -53,6 +54,13 @@ def visible(text: str, keep: str = "") -> str:
 def first_line(error: BaseException) -> str:
     """What an error of a library says, without the paragraphs behind it; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def warn(message: str) -> None:
+    """Tell the user of something that works, but not well: one line on stderr, from one of a machine's processes."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError, ValueError, AttributeError):  # a stderr that is full, closed or missing
+            print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:

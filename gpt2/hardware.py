@@ -63,7 +63,8 @@ def multiplies_bf16(device: torch.device) -> bool:
         return False
     # PyTorch has no public question for it, and an unknown answer counts as no. The last one is Arm's.
     x86 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
-    return x86 or bool(getattr(torch.cpu, "get_capabilities", dict)().get("bf16"))
+    arm: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return x86 or bool(arm.get("bf16"))
 
 
 def memory_bytes(device: torch.device) -> int | None:

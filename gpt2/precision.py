@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from gpt2.errors import UserError
-from gpt2.hardware import multiplies_bf16
+from gpt2.errors import UserError, warn
+from gpt2.hardware import device_name, multiplies_bf16
 
 
 def resolve_dtype(choice: str, device: torch.device) -> str:
@@ -16,7 +16,7 @@ def resolve_dtype(choice: str, device: torch.device) -> str:
 
     Args:
         choice: one of these, or "auto": bf16 where the hardware multiplies it, else TF32 on CUDA, else fp32.
-        device: it is for.
+        device: it is for. Where bf16 is asked for and the device emulates it, that is said.
 
     Raises:
         UserError: the device can't.
@@ -28,6 +28,10 @@ def resolve_dtype(choice: str, device: torch.device) -> str:
         raise UserError(f"--dtype tf32 is NVIDIA's; on {device.type} use bf16 or fp32")
     if choice == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16; use --dtype tf32 or fp32")
+    if choice == "bf16" and not has_bf16:
+        warn(
+            f"--dtype bf16: {device_name(device)} does not multiply bf16 but emulates it; --dtype fp32 is many times as fast"
+        )
     return choice
 
 

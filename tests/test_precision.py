@@ -14,12 +14,17 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: str) -> None:
+def test_auto_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has_bf16: bool, expected: str
+) -> None:
     monkeypatch.setattr(precision, "multiplies_bf16", lambda device: has_bf16 and device.type == "cpu")
     assert resolve_dtype("auto", CPU) == expected
-    assert resolve_dtype("bf16", CPU) == "bf16"  # slowly, but it can
     assert resolve_dtype("fp32", CPU) == "fp32"
     assert resolve_dtype("auto", torch.device("mps")) == "fp32"
+    assert capsys.readouterr().err == ""
+    assert resolve_dtype("bf16", CPU) == "bf16"  # slowly, but it can
+    said = capsys.readouterr().err
+    assert said == "" if has_bf16 else said.startswith("warning: --dtype bf16") and said.count("\n") == 1
 
 
 def test_tf32_is_nvidias() -> None:
