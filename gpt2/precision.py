@@ -29,9 +29,8 @@ def resolve_dtype(choice: str, device: torch.device) -> str:
     if choice == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16; use --dtype tf32 or fp32")
     if choice == "bf16" and not has_bf16:
-        warn(
-            f"--dtype bf16: {device_name(device)} does not multiply bf16 but emulates it; --dtype fp32 is many times as fast"
-        )
+        name = device_name(device)
+        warn(f"--dtype bf16: {name} does not multiply bf16 but emulates it; --dtype fp32 is many times as fast")
     return choice
 
 
