@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def multiplies_bf16(device: torch.device) -> bool:
         return False
     # PyTorch has no public question for it, and an unknown answer counts as no. The last one is Arm's.
     x86 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
-    arm: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    arm: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return x86 or bool(arm.get("bf16"))
 
 
