@@ -27,9 +27,9 @@ from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
 from gpt2.figures import save_figure
 from gpt2.generation.generate import generate
-from gpt2.generation.sampling import row_generators, seed_number
 from gpt2.model.gpt import GPT, load_pretrained
 from gpt2.model.loss import IGNORE
+from gpt2.model.sampling import row_generators, seed_number
 from gpt2.tokens.tokenizer import CharTokenizer
 
 HIDDEN = 8

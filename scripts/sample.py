@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
 from gpt2.generation.generate import stream
-from gpt2.generation.sampling import Sampling, seed_number
 from gpt2.generation.text_stream import TextStream
 from gpt2.model.cpu_inference import decoding_copy
 from gpt2.model.gpt import GPT, load_pretrained
+from gpt2.model.sampling import Sampling, seed_number
 from gpt2.precision import resolve_dtype, set_matmul_precision
 from gpt2.tokens.tokenizer import Tokenizer
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from gpt2.errors import UserError
-from gpt2.generation.sampling import Sampling, choose, filter_logits, row_generators
 from gpt2.model.attention import KVCache
 from gpt2.model.attention_kernels import varying_backends
 from gpt2.model.cpu_inference import decoding_copy
 from gpt2.model.gpt import GPT
+from gpt2.model.sampling import Sampling, check_prompts, choose, filter_logits, row_generators
 
 
 def generate(
@@ -37,7 +37,7 @@ def generate(
         model: left as it is: its mode, its weights, and every random generator in use elsewhere.
         prompts: token ids, one or more a row; rows may differ in length.
         max_new_tokens: at most so many a row.
-        temperature, top_k, top_p, min_p, repetition_penalty: the fields of `gpt2.generation.sampling.Sampling`;
+        temperature, top_k, top_p, min_p, repetition_penalty: the fields of `gpt2.model.sampling.Sampling`;
             temperature 0 is greedy.
         eot_token: ends its row, as the row's last token; None: rows end by length only.
         seed: decides the draws; row i's depend on the seed and on i.
@@ -90,7 +90,9 @@ def stream(
     Args:
         stop: called with a row's number and its new token; true ends the row behind that token.
     """
-    _check(model, prompts, max_new_tokens, eot_token)
+    check_prompts(prompts, model.config.vocab_size, max_new_tokens)
+    if eot_token is not None and not 0 <= eot_token < model.config.vocab_size:
+        raise UserError(f"eot_token {eot_token} is outside the model's vocabulary of {model.config.vocab_size}")
     device = model.wte.weight.device
     if dtype is None and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
@@ -128,22 +130,6 @@ def stream(
             decoder.append(chosen)
     finally:
         model.train(was_training)
-
-
-def _check(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, eot_token: int | None) -> None:
-    vocab_size = model.config.vocab_size
-    if not prompts:
-        raise UserError("there is no prompt to continue")
-    for prompt in prompts:
-        if len(prompt) == 0:
-            raise UserError("a prompt is empty; give it at least one token, such as end-of-text to begin a document")
-        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
-        if wrong is not None:
-            raise UserError(f"token id {wrong} in a prompt is outside the model's vocabulary of {vocab_size}")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if eot_token is not None and not 0 <= eot_token < vocab_size:
-        raise UserError(f"eot_token {eot_token} is outside the model's vocabulary of {vocab_size}")
 
 
 class _Decoder:

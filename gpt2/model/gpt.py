@@ -6,6 +6,7 @@ reader of either finds the same thing here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from gpt2.config import GPTConfig
 from gpt2.errors import UserError
 from gpt2.model.attention import CausalSelfAttention, KVCache, rotary_tables
-from gpt2.model.attention_kernels import attention_mask
+from gpt2.model.attention_kernels import attention_mask, varying_backends
 from gpt2.model.hf_format import state_dict_from_hf
 from gpt2.model.loss import Softmax, linear_cross_entropy, softcap, softmax_tiled_
 from gpt2.model.pretrained import load_tokenizer, read_model, resolve_model
+from gpt2.model.sampling import Sampling, check_prompts, choose, filter_logits, row_generators
 from gpt2.tokens.tokenizer import Tokenizer
 
 INIT_STD = 0.02
@@ -239,6 +241,62 @@ class GPT(nn.Module):
             cap=self.config.logit_softcap,
             softmax=self.softmax,
         )
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        start: Tensor | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Append `max_new_tokens` tokens to each row of `start`, one after another.
+
+        `gpt2.generate` draws the same tokens; it also takes rows of different lengths, ends them at end-of-text, and
+        is faster on a CPU.
+
+        Args:
+            start: (B, T) ids, at least one a row; each new token depends on the last `block_size` before it.
+            max_new_tokens: tokens to append.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: draw from the k likeliest tokens only; None: from all.
+            top_p: draw from the likeliest tokens that together reach this probability; None: from all.
+            seed: of the draws; another seed gives another text.
+
+        Returns:
+            (B, T + max_new_tokens) ids, on the model's device.
+
+        Raises:
+            UserError: an empty start, an id outside the vocabulary, a value out of range, logits that are not finite.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        weight, block_size, was_training = self.wte.weight, self.config.block_size, self.training
+        tokens = torch.as_tensor(start, device=weight.device)  # (B, T)
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise UserError(f"start is {tokens.dtype} of shape {tuple(tokens.shape)}; give whole numbers, (B, T)")
+        check_prompts(tokens.tolist(), self.config.vocab_size, max_new_tokens)
+        generators = row_generators(seed, len(tokens), weight.device)
+        cache: KVCache | None = KVCache(self.config, len(tokens), block_size, weight.device, weight.dtype)
+        self.eval()
+        try:
+            # Every new token is another shape, which blocks compiled for training would be compiled for again.
+            with torch.compiler.set_stance("force_eager"), varying_backends(weight.device):
+                for _ in range(max_new_tokens):
+                    if tokens.size(1) > block_size:
+                        cache = None  # dropping the oldest token moves every position
+                    seen = 0 if cache is None else cache.length
+                    hidden = self.hidden(tokens[:, -block_size:][:, seen:], cache=cache)  # (B, new tokens, C)
+                    logits = self.logits(hidden[:, -1])  # (B, V)
+                    if not logits.isfinite().all():
+                        raise UserError("the model's logits are not finite: its weights have diverged or are damaged")
+                    chosen = choose(filter_logits(logits, sampling), sampling, generators)  # (B,)
+                    tokens = torch.cat((tokens, chosen[:, None]), dim=1)
+        finally:
+            self.train(was_training)
+        return tokens
 
     def num_parameters(self) -> int:
         """Parameters a checkpoint holds: tied ones once, the vocabulary's padding not at all."""

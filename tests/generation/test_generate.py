@@ -15,10 +15,10 @@ from gpt2.distributed.parallel import parallelize
 from gpt2.distributed.world import world
 from gpt2.errors import UserError
 from gpt2.generation.generate import generate, stream
-from gpt2.generation.sampling import Sampling
 from gpt2.model.attention import KVCache
 from gpt2.model.gpt import GPT
 from gpt2.model.pretrained import save_pretrained
+from gpt2.model.sampling import Sampling
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -49,6 +49,40 @@ def one_pass_a_token(model: GPT, prompt: list[int], n: int) -> list[int]:
         with torch.no_grad():
             text.append(int(model(torch.tensor([text[-model.config.block_size :]]))[0, -1].argmax()))
     return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"temperature": 0.7, "top_k": 9, "seed": 3}, {"top_p": 0.8, "seed": 2**63 - 1}]
+)
+def test_the_models_own_method_draws_the_same_tokens(name: str, options: dict[str, Any]) -> None:
+    """Into and past the end of the context, from a model in training mode, whose dropout must not act."""
+    model = build(**VARIANTS[name], dropout=0.5).train()
+    state = torch.random.get_rng_state()
+    for start in ([[1, 2, 3], [9, 8, 7]], [[5, 6] * 10]):
+        text = model.generate(torch.tensor(start), 20, **options)
+        assert [row[len(start[0]) :] for row in text.tolist()] == generate(model, start, max_new_tokens=20, **options)
+        assert text[:, : len(start[0])].tolist() == start
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_models_own_method_says_what_is_wrong() -> None:
+    model = build()
+    for start, options, message in (
+        ([[]], {}, r"start is torch.float32 of shape \(1, 0\)"),
+        (torch.zeros(1, 0, dtype=torch.long), {}, "a prompt is empty"),
+        ([1, 2], {}, r"start is torch.int64 of shape \(2,\); give whole numbers, \(B, T\)"),
+        ([[70]], {}, "token id 70 in a prompt is outside the model's vocabulary of 70"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.generate(start, **{"max_new_tokens": 2, **options})
+    with torch.no_grad():
+        model.ln_f.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="logits are not finite"):
+        model.generate([[1]], 1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

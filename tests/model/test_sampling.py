@@ -1,4 +1,4 @@
-"""gpt2/generation/sampling.py against `transformers`' filters and against counted draws."""
+"""gpt2/model/sampling.py against `transformers`' filters and against counted draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gpt2.errors import UserError
-from gpt2.generation.sampling import Sampling, choose, filter_logits, row_generators
+from gpt2.model.sampling import Sampling, choose, filter_logits, row_generators
 
 
 def random_logits(seed: int, rows: int = 3, size: int = 40) -> Tensor:

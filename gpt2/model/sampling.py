@@ -82,6 +82,24 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     return logits
 
 
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tokens: int) -> None:
+    """Refuse what no model can continue.
+
+    Raises:
+        UserError: no prompt, an empty one, an id outside the vocabulary, or nothing to add.
+    """
+    if not prompts:
+        raise UserError("there is no prompt to continue")
+    for prompt in prompts:
+        if len(prompt) == 0:
+            raise UserError("a prompt is empty; give it at least one token, such as end-of-text to begin a document")
+        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise UserError(f"token id {wrong} in a prompt is outside the model's vocabulary of {vocab_size}")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+
+
 def row_generators(seed: int, rows: int, device: torch.device) -> list[torch.Generator]:
     """One random generator a row, so that what a row draws does not depend on how many others there are."""
     seeds = torch.Generator().manual_seed(seed)
