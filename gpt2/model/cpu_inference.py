@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from gpt2.model.gpt import GPT, Block
+from gpt2.model.gpt import GPT, MLP
 
 _FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "relu": ("relu", "")}
 """Activations that oneDNN applies to a product before it stores it."""
@@ -174,16 +174,10 @@ def scoring_copy(model: GPT, dtype: torch.dtype, rows: int) -> GPT:
 def _pack_blocks(model: GPT, dtype: torch.dtype, rows: int) -> None:
     """Put packed layers in place of the blocks' linear ones."""
     for block in model.h:
-        assert isinstance(block, Block)
         mlp = block.mlp
-        activation = mlp.activation if mlp.activation in _FUSED else None
-        packed: dict[str, nn.Module] = {
-            "attn.c_attn": PackedLinear(block.attn.c_attn, rows, dtype),
-            "attn.c_proj": PackedLinear(block.attn.c_proj, rows, dtype),
-            "mlp.c_fc": PackedLinear(mlp.c_fc, rows, dtype, activation),
-            "mlp.c_proj": PackedLinear(mlp.c_proj, rows, dtype),
-        }
-        if activation is not None:
-            packed["mlp"] = nn.Sequential(packed.pop("mlp.c_fc"), packed.pop("mlp.c_proj"))
-        for name, layer in packed.items():
-            block.set_submodule(name, layer)
+        if type(mlp) is MLP and mlp.activation in _FUSED:  # a subclass has a forward or an activation of its own
+            inner = PackedLinear(mlp.c_fc, rows, dtype, mlp.activation)
+            block.mlp = nn.Sequential(inner, PackedLinear(mlp.c_proj, rows, dtype))
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                block.set_submodule(name, PackedLinear(layer, rows, dtype))

@@ -20,7 +20,7 @@ from gpt2.model.attention import CausalSelfAttention, KVCache, rotary_tables
 from gpt2.model.attention_kernels import attention_mask, varying_backends
 from gpt2.model.hf_format import state_dict_from_hf
 from gpt2.model.loss import Softmax, linear_cross_entropy, softcap, softmax_tiled_
-from gpt2.model.pretrained import load_tokenizer, read_model, resolve_model
+from gpt2.model.pretrained import load_tokenizer, read_model, resolve_model, save_pretrained
 from gpt2.model.sampling import Sampling, check_prompts, choose, filter_logits, row_generators
 from gpt2.tokens.tokenizer import Tokenizer
 
@@ -45,20 +45,22 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, gates * config.mlp_hidden, bias=config.bias)
         self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
+    def activate(self, x: Tensor) -> Tensor:
+        """The non-linearity: (..., hidden) to the same, or for swiglu from (..., 2 hidden)."""
+        if self.activation == "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        if self.activation == "gelu":
+            return F.gelu(x)
+        if self.activation == "relu":
+            return F.relu(x)
+        if self.activation == "relu2":
+            return F.relu(x).square()
+        gate, up = x.chunk(2, dim=-1)  # swiglu
+        return F.silu(gate) * up
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        x = self.c_fc(x)  # (B, T, hidden), twice that for swiglu
-        if self.activation == "gelu_tanh":
-            x = F.gelu(x, approximate="tanh")
-        elif self.activation == "gelu":
-            x = F.gelu(x)
-        elif self.activation == "relu":
-            x = F.relu(x)
-        elif self.activation == "relu2":
-            x = F.relu(x).square()
-        else:  # swiglu
-            gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
+        x = self.activate(self.c_fc(x))  # (B, T, hidden)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -132,6 +134,11 @@ class GPT(nn.Module):
         model = cls(config)
         model.load_state_dict(state_dict_from_hf(tensors, config, cls.state_shapes(config)))
         return model.to(device).eval()
+
+    def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        """Write a directory that `from_pretrained` and `transformers` open; its folder is made."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        save_pretrained(Path(directory), self.state_dict(), self.config, tokenizer)
 
     @classmethod
     def state_shapes(cls, config: GPTConfig) -> dict[str, torch.Size]:

@@ -12,7 +12,7 @@ from gpt2.config import GPTConfig
 from gpt2.model import cpu_inference as packed
 from gpt2.model.compile import compile_model
 from gpt2.model.cpu_inference import OneRowLinear, PackedLinear, can_pack, can_sum_columns, decoding_copy, scoring_copy
-from gpt2.model.gpt import GPT
+from gpt2.model.gpt import GPT, MLP
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch has no oneDNN")
 
@@ -177,3 +177,25 @@ def test_without_the_operators_nothing_is_packed(monkeypatch: pytest.MonkeyPatch
     assert copy.lm_head.weight is copy.wte.weight
     assert copy.lm_head.weight.dtype == torch.bfloat16
     assert model.lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_mlp_of_ones_own_keeps_its_activation(rows: int, dtype: torch.dtype | None) -> None:
+    """Its class overrides one of `MLP`'s methods, and still bears the name of an activation that can be fused."""
+
+    class Sine(MLP):
+        def activate(self, x: torch.Tensor) -> torch.Tensor:
+            return 100 * x.sin()
+
+    model = build()
+    plain = model(torch.tensor([[5, 6]]))
+    for block in model.h:
+        block.mlp.__class__ = Sine
+    tokens = torch.tensor([[5, 6]])
+    with torch.inference_mode():
+        assert (model(tokens) - plain).abs().max() > 0.3
+        fast = decoding_copy(model, dtype, rows)
+        torch.testing.assert_close(fast(tokens).float(), model(tokens), atol=0.1, rtol=0.1)
+        if dtype is not None and can_pack(dtype):
+            torch.testing.assert_close(scoring_copy(model, dtype, 2)(tokens), model(tokens), atol=0.1, rtol=0.1)
