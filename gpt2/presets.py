@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from gpt2.config import Config, DataConfig, GPTConfig, OptimConfig, RunConfig
 from gpt2.errors import UserError
@@ -17,6 +17,29 @@ def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, micro_batch_size: i
         data=DataConfig(micro_batch_size=micro_batch_size),
         optim=OptimConfig(**optim),  # type: ignore[arg-type]
         run=RunConfig(run_dir=Path("runs") / name),
+    )
+
+
+def _shakespeare_char(name: str, optim: OptimConfig, **model: Any) -> Config:
+    return Config(
+        model=GPTConfig(n_layer=6, n_head=4, n_embd=256, block_size=128, vocab_size=65, **model),
+        data=DataConfig(
+            data=Path("data/shakespeare_char"),
+            micro_batch_size=32,
+            total_batch_tokens=4096,
+            val_tokens=200_000,  # the whole split
+        ),
+        optim=optim,
+        run=RunConfig(
+            run_dir=Path("runs") / name,
+            max_steps=750,
+            eval_every=150,
+            hellaswag_limit=0,
+            num_samples=1,
+            sample_tokens=200,
+            sample_prompt="ROMEO:",
+            checkpoint_every=300,
+        ),
     )
 
 
@@ -62,26 +85,9 @@ def presets() -> dict[str, tuple[str, Config]]:
         ),
         "shakespeare-char": (
             "TinyShakespeare character by character: minutes on a CPU, for studying what changes do",
-            Config(
-                model=GPTConfig(
-                    n_layer=6,
-                    n_head=4,
-                    n_embd=256,
-                    block_size=128,
-                    vocab_size=65,
-                    position="rope",
-                    qk_norm=True,
-                    activation="relu2",
-                    bias=False,
-                    zero_init_projections=True,
-                ),
-                data=DataConfig(
-                    data=Path("data/shakespeare_char"),
-                    micro_batch_size=32,
-                    total_batch_tokens=4096,
-                    val_tokens=200_000,  # the whole split
-                ),
-                optim=OptimConfig(
+            _shakespeare_char(
+                "shakespeare-char",
+                OptimConfig(
                     optimizer="muon",
                     learning_rate=3e-3,
                     muon_learning_rate=0.02,
@@ -89,17 +95,17 @@ def presets() -> dict[str, tuple[str, Config]]:
                     min_lr_ratio=0.0,
                     warmup_steps=50,
                 ),
-                run=RunConfig(
-                    run_dir=Path("runs/shakespeare-char"),
-                    max_steps=750,
-                    eval_every=150,
-                    hellaswag_limit=0,
-                    num_samples=1,
-                    sample_tokens=200,
-                    sample_prompt="ROMEO:",
-                    checkpoint_every=300,
-                ),
+                position="rope",
+                qk_norm=True,
+                activation="relu2",
+                bias=False,
+                zero_init_projections=True,
             ),
+        ),
+        "shakespeare-char-plain": (
+            "the same size and data with nothing but the textbook: GPT-2's blocks, AdamW",
+            # Learning rate and second beta are nanoGPT's for models of characters.
+            _shakespeare_char("shakespeare-char-plain", OptimConfig(learning_rate=1e-3, beta2=0.99, warmup_steps=50)),
         ),
         "debug": (
             "a tiny GPT, seconds on anything: to see that all parts run",
@@ -157,7 +163,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         if name not in named:
             raise UserError(f"unknown preset {name!r}; choose one of {', '.join(named)}")
         default, program = named[name][1], f"train_gpt2.py {name}"
-    lines = "\n".join(f"  {name:<17}{description}" for name, (description, _) in named.items())
+    lines = "\n".join(f"  {name:<23}{description}" for name, (description, _) in named.items())
     description = (
         "Train a GPT-2. The first word names a preset (gpt2 if there is none):\n"
         f"{lines}\n"
