@@ -16,7 +16,7 @@ from gpt2.errors import UserError, run_cli
 from gpt2.report.plots import short
 from gpt2.report.runs import Run, find_runs, open_run
 
-HEAD = ("run", "preset", "tokens", "steps", "best loss", "HellaSwag", "tok/s", "status", "last checkpoint")
+HEAD = ("run", "preset", "tokens", "steps", "best loss", "bits/byte", "HellaSwag", "tok/s", "status", "last checkpoint")
 
 
 def row(run: Run, name: str) -> tuple[str, ...]:
@@ -29,6 +29,7 @@ def row(run: Run, name: str) -> tuple[str, ...]:
         short(run.tokens),
         f"{run.step}/{total}" if total else str(run.step),
         "-" if run.best_loss is None else f"{run.best_loss:.4f}",
+        "-" if run.best_bits_per_byte is None else f"{run.best_bits_per_byte:.4f}",
         f"{scores[-1]['acc_norm']:.2%}" if scores else "-",
         "-" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
         run.status(),

@@ -41,6 +41,7 @@ def lines(
     world_size: int = 8,
     end: str | None = "finished",
     resumes_at: int = 0,
+    with_bits: bool = True,
 ) -> list[dict[str, Any]]:
     """The lines of one start, from step `first` to `until`."""
     config = Config(
@@ -75,7 +76,9 @@ def lines(
 
     def evaluate(step: int) -> None:
         tokens = step * tokens_per_step
-        out.append(line("val", step, tokens=tokens, loss=curve(step) + offset + 0.01, val_tokens=10_485_760))
+        loss = curve(step) + offset + 0.01
+        bits = {"bits_per_byte": loss / math.log(2) / 4.5} if with_bits else {}
+        out.append(line("val", step, tokens=tokens, loss=loss, val_tokens=10_485_760, **bits))
         if hellaswag:
             acc = 0.25 + 0.055 * (1 - math.exp(-step / 7000)) + rng.gauss(0, 0.0015) - offset / 10
             values = {"acc": acc - 0.01, "acc_norm": acc, "stderr": 0.0045, "examples": 10042}

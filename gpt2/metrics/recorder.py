@@ -213,17 +213,20 @@ class Metrics:
             )
         )
 
-    def val(self, step: int, loss: float, val_tokens: int) -> None:
+    def val(self, step: int, loss: float, val_tokens: int, val_bytes: int) -> None:
         """Record a validation loss.
 
         Args:
             step: steps finished.
             loss: mean over `val_tokens` tokens, nats.
             val_tokens: tokens it is a mean over.
+            val_bytes: of their text, UTF-8.
         """
-        self._write("val", step, {"tokens": self._tokens(step), "loss": loss, "val_tokens": val_tokens})
-        self._scalars(step, {"val/loss": loss})
-        text = f"validation loss {loss:.4f}"
+        bits = loss * val_tokens / math.log(2) / val_bytes if val_bytes else math.nan
+        values = {"loss": loss, "bits_per_byte": bits}
+        self._write("val", step, {"tokens": self._tokens(step), **values, "val_tokens": val_tokens})
+        self._scalars(step, {f"val/{name}": value for name, value in values.items()})
+        text = f"validation loss {loss:.4f} ({bits:.4f} bits per byte)"
         beside = reference.loss_beside_gpt2(self.corpus, self.size, loss, val_tokens)
         self._stand_out(step, text if beside is None else f"{text} | {beside}")
 

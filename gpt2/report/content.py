@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from gpt2.metrics import reference
-from gpt2.report.runs import Record, Run, distinct_names
+from gpt2.report.runs import Record, Run, bits_per_byte, distinct_names
 
 MAX_POINTS = 1500
 """Points a training curve is drawn with; longer ones are cut into so many parts of equal length."""
@@ -181,6 +181,7 @@ def _run(run: Run, name: str, price: float | None, now: float | None) -> dict[st
         "dataset": str(run.start.get("dataset", "")),
         "baseline": baseline,
         "best_loss": json_number(run.best_loss),
+        "best_bits_per_byte": json_number(run.best_bits_per_byte),
         "tokens_per_second": json_number(run.tokens_per_second),
         "mfu": json_number(run.mfu),
         "device_hours": json_number(hours),
@@ -191,6 +192,7 @@ def _run(run: Run, name: str, price: float | None, now: float | None) -> dict[st
             "tokens": [int(r["tokens"]) for r in val],
             "step": [r["step"] for r in val],
             "loss": [json_number(r["loss"]) for r in val],
+            "bits_per_byte": [json_number(bits_per_byte(r)) for r in val],
             "val_tokens": sorted({int(r["val_tokens"]) for r in val}),
         },
         "hellaswag": {

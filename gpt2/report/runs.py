@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,6 +102,12 @@ class Run:
         return min((loss for loss in losses if loss == loss), default=None)
 
     @property
+    def best_bits_per_byte(self) -> float | None:
+        """Lowest validation loss in bits per byte of text; None before the first, and for runs that lack it."""
+        values = [bits_per_byte(record) for record in self.records("val")]
+        return min((value for value in values if value is not None), default=None)
+
+    @property
     def tokens_per_second(self) -> float | None:
         """Median speed of training; the first line of a start, which has compilation in it, counts only alone."""
         return self._median("tokens_per_second")
@@ -162,6 +169,12 @@ class Run:
     def repeated(self) -> int:
         """Logged steps that a start from an older checkpoint made again."""
         return sum(record["kind"] == "train" for record in self.history.superseded)
+
+
+def bits_per_byte(val: Record) -> float | None:
+    """Of a val line; None where it is not finite, and in files of earlier versions."""
+    value = val.get("bits_per_byte")
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _add_seconds(records: Sequence[Record]) -> dict[str, float]:

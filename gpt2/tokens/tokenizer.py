@@ -213,6 +213,14 @@ def tokenizer_from_dict(entry: dict[str, Any]) -> GPT2Tokenizer | CharTokenizer:
     raise UserError(f"unknown tokenizer {name!r} (SHA-256 {sha256}); known are 'gpt2' and 'char'")
 
 
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """UTF-8 bytes of each id's text, (n_vocab,); end-of-text has none."""
+    lengths = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.n_vocab)])
+    if tokenizer.eot_token is not None:
+        lengths[tokenizer.eot_token] = 0
+    return lengths
+
+
 def _chars_sha256(chars: str) -> str:
     return hashlib.sha256(chars.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -20,7 +20,7 @@ from gpt2.model.gpt import GPT
 from gpt2.precision import autocast
 from gpt2.tokens.loader import Blocks
 from gpt2.tokens.tokenizer import Tokenizer
-from gpt2.train.validation import count_val_blocks, validation_loss
+from gpt2.train.validation import count_val_blocks, count_val_bytes, validation_loss
 
 
 class Evaluator:
@@ -51,6 +51,10 @@ class Evaluator:
     ):
         self.config, self.model, self.world, self.dtype = config, model, world, dtype
         self.val_blocks, self.tokenizer = val_blocks, tokenizer
+        self.val_tokens = count_val_blocks(val_blocks, config.data.val_tokens) * val_blocks.block_size
+        self.val_bytes = 0
+        if config.run.eval_every:
+            self.val_bytes = world.on_main(lambda: count_val_bytes(val_blocks, config.data.val_tokens, tokenizer))
         self.examples = self._load_examples(say)
 
     def _load_examples(self, say: Callable[[str], None]) -> tuple[Example, ...]:
@@ -89,7 +93,7 @@ class Evaluator:
             self.world,
             partial(autocast, self.world.device, self.dtype),
         )
-        metrics.val(step, loss, count_val_blocks(self.val_blocks, data.val_tokens) * self.val_blocks.block_size)
+        metrics.val(step, loss, self.val_tokens, self.val_bytes)
         if self.examples:
             self._score_hellaswag(step, metrics)
         sharded = isinstance(self.model, FSDPModule)

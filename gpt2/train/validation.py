@@ -13,11 +13,36 @@ from gpt2.distributed.world import World
 from gpt2.model.attention_kernels import training_backends
 from gpt2.model.loss import IGNORE
 from gpt2.tokens.loader import Blocks, on_host, to_device
+from gpt2.tokens.tokenizer import Tokenizer, token_bytes
+
+_READ_TOKENS = 2**20
 
 
 def count_val_blocks(blocks: Blocks, val_tokens: int) -> int:
     """Blocks that make up the first `val_tokens` tokens of the split, or all of them, and at least one."""
     return min(max(val_tokens // blocks.block_size, 1), blocks.count)
+
+
+def count_val_bytes(blocks: Blocks, val_tokens: int, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the text that `validation_loss` predicts, for bits per byte.
+
+    Bits per byte = total nats / ln 2 / total bytes: a loss that tokenizers can be compared by. Ids beyond the
+    tokenizer's, which the data should not hold, count as no text.
+
+    Args:
+        blocks: the validation split.
+        val_tokens: as `validation_loss` is told.
+        tokenizer: the data's.
+
+    Raises:
+        UserError: the tokens cannot be read.
+    """
+    lengths = np.append(token_bytes(tokenizer), 0)
+    count, total = count_val_blocks(blocks, val_tokens) * blocks.block_size, 0
+    for start in range(1, count + 1, _READ_TOKENS):  # the first token is never a target
+        tokens = blocks.stream.read(start, min(start + _READ_TOKENS, count + 1))
+        total += int(lengths[np.minimum(tokens, tokenizer.n_vocab)].sum())
+    return total
 
 
 @torch.no_grad()

@@ -42,9 +42,10 @@ function summary(parent) {
     };
     tile("tokens", short(run.tokens), run.total_steps ? `step ${run.step.toLocaleString("en")} of ${run.total_steps.toLocaleString("en")}` : `step ${run.step}`);
     const gap = run.baseline === null || run.best_loss === null ? null : run.baseline - run.best_loss;
+    const bits = run.best_bits_per_byte === null ? "" : `, ${run.best_bits_per_byte.toFixed(4)} bits per byte`;
     tile("best validation loss", run.best_loss === null ? "–" : run.best_loss.toFixed(4),
       run.best_loss === null ? "no evaluation yet" :
-      gap === null ? `perplexity ${short(Math.exp(run.best_loss))}` : `GPT-2: ${run.baseline.toFixed(4)}, ${Math.abs(gap).toFixed(4)} ${gap >= 0 ? "better" : "to go"}`);
+      gap === null ? `perplexity ${short(Math.exp(run.best_loss))}${bits}` : `GPT-2: ${run.baseline.toFixed(4)}, ${Math.abs(gap).toFixed(4)} ${gap >= 0 ? "better" : "to go"}${bits}`);
     const last = run.hellaswag.acc_norm.length - 1;
     if (last >= 0)
       tile("HellaSwag", percent(run.hellaswag.acc_norm[last]), `± ${percent(run.hellaswag.stderr[last])}, ${run.hellaswag.examples.at(-1).toLocaleString("en")} examples`);
@@ -154,7 +155,7 @@ function samples(parent) {
     const at = (step) => {
       const index = run.val.step.indexOf(step);
       const tokens = run.samples.find((sample) => sample.step === step).tokens;
-      return `step ${step.toLocaleString("en")} · ${short(tokens)} tokens${index < 0 || run.val.loss[index] === null ? "" : ` · loss ${run.val.loss[index].toFixed(3)}`}`;
+      return `step ${step.toLocaleString("en")} · ${short(tokens)} tokens${index < 0 || run.val.loss[index] === null ? "" : ` · loss ${run.val.loss[index].toFixed(3)}${run.val.bits_per_byte[index] === null ? "" : ` (${run.val.bits_per_byte[index].toFixed(3)} bits per byte)`}`}`;
     };
     const grid = html("div", "samples", null, card);
     for (const step of few) {

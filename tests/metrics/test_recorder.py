@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -127,12 +128,13 @@ def test_evaluations_stand_out_with_the_distance_to_gpt2(
     start: Callable[..., Metrics], capsys: pytest.CaptureFixture[str]
 ) -> None:
     metrics = start(dataset="edufineweb")
-    metrics.val(20, 3.5, 10_485_760)
-    metrics.val(40, 3.25, 16_384)
+    metrics.val(20, 3.5, 10_485_760, 48_000_000)
+    metrics.val(40, 3.25, 16_384, 75_000)
     metrics.hellaswag(40, **SCORES)
     metrics.close("finished")
     first, second, third = capsys.readouterr().out.splitlines()
-    assert first == "=> step  20 | validation loss 3.5000 | GPT-2 124M on FineWeb-Edu 3.2924: 0.2076 to go"
+    assert first.startswith("=> step  20 | validation loss 3.5000 (1.1031 bits per byte) | GPT-2 124M on FineWeb-Edu ")
+    assert first.endswith(" 3.2924: 0.2076 to go")
     assert "GPT-2 124M on FineWeb-Edu 3.2924: 0.0424 better (ours over 16,384 tokens" in second
     assert third.endswith("HellaSwag 29.00% ± 0.45%, 10,042 examples | GPT-2 124M 29.55%: 0.55 points to go")
 
@@ -151,10 +153,20 @@ def test_a_baseline_is_only_given_for_its_own_data_and_size(
     start: Callable[..., Metrics], capsys: pytest.CaptureFixture[str], dataset: str, n_layer: int, expected: str | None
 ) -> None:
     metrics = start(replace(CONFIG, model=GPTConfig(n_layer=n_layer)), dataset=dataset)
-    metrics.val(20, 3.5, 10_485_760)
+    metrics.val(20, 3.5, 10_485_760, 48_000_000)
     metrics.close("finished")
     said = capsys.readouterr().out
     assert (expected in said) if expected else ("GPT-2" not in said)
+
+
+def test_bits_per_byte_are_nats_over_bytes(tmp_path: Path, start: Callable[..., Metrics]) -> None:
+    metrics = start()
+    metrics.val(20, 3.5, 1000, 4321)
+    metrics.val(40, 3.5, 1000, 0)  # nothing but end-of-text
+    metrics.close("finished")
+    with_text, without = records(tmp_path, "val")
+    assert with_text["bits_per_byte"] == pytest.approx(3500 / math.log(2) / 4321, rel=1e-12)
+    assert math.isnan(float(without["bits_per_byte"]))
 
 
 def test_harness_scores_are_not_held_against_completion_figures(
@@ -168,7 +180,7 @@ def test_harness_scores_are_not_held_against_completion_figures(
 
 def test_every_kind_of_line_is_written_in_its_form(tmp_path: Path, start: Callable[..., Metrics]) -> None:
     metrics = start(dataset="pydocs")
-    metrics.val(0, 10.8, 100)
+    metrics.val(0, 10.8, 100, 450)
     metrics.hellaswag(0, **SCORES)
     metrics.sample(0, "Hello,", " [bold]world\n")
     metrics.skip(7, "nonfinite", float("nan"), float("inf"))
@@ -211,11 +223,11 @@ def test_a_restart_names_what_changed_and_supersedes(tmp_path: Path, start: Call
 
 def test_a_start_from_nothing_supersedes_all(tmp_path: Path, start: Callable[..., Metrics]) -> None:
     old = start()
-    old.val(0, 10.5, 100)
+    old.val(0, 10.5, 100, 450)
     old.train(10, loss=5.0, lr=1e-3, grad_norm=1.0)
     old.close("error")
     new = start(replace(CONFIG, run=replace(RUN, seed=2)))
-    new.val(0, 10.25, 100)
+    new.val(0, 10.25, 100, 450)
     new.checkpoint(7, tmp_path / "checkpoints" / "step_7")
     new.close("stopped")
     live = read_metrics(tmp_path / "metrics.jsonl").live
@@ -247,7 +259,7 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyP
     assert isinstance(metrics.console, LiveBar)
     metrics.train(10, loss=6.0, lr=1e-3, grad_norm=1.0)
     metrics.train(11, loss=5.0, lr=1e-3, grad_norm=1.0)
-    metrics.val(11, 5.25, 100)
+    metrics.val(11, 5.25, 100, 450)
     metrics.sample(11, "Hello", " [red]x[/red]")
     with metrics.phase("eval"):
         metrics.console.live.refresh()

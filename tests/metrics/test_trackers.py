@@ -45,7 +45,7 @@ def test_an_offline_run_reads_back_with_wandbs_own_reader_and_is_resumed(tmp_pat
     (tmp_path / "checkpoints" / "step_5").mkdir(parents=True)
     metrics = make(tmp_path, wandb="offline", wandb_project="some-project")
     metrics.train(5, loss=5.5, lr=1e-3, grad_norm=1.25)
-    metrics.val(5, 5.75, 100)
+    metrics.val(5, 5.75, 100, 450)
     metrics.sample(5, "Hello,", " first")
     metrics.checkpoint(5, tmp_path / "checkpoints" / "step_5")
     metrics.close("stopped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from repository import ROOT, load_script
 from gpt2.errors import UserError
 from gpt2.metrics.jsonl import MetricsFile
 from gpt2.presets import presets
-from gpt2.report.runs import SILENCE_SECONDS, distinct_names, find_runs, open_run
+from gpt2.report.content import report
+from gpt2.report.runs import SILENCE_SECONDS, bits_per_byte, distinct_names, find_runs, open_run
 
 
 def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
@@ -165,3 +167,15 @@ def test_fields_of_the_wrong_kind_do_no_harm(tmp_path: Path) -> None:
     assert run.seconds == {}
     assert run.mfu is None
     assert run.step == 60
+
+
+def test_bits_per_byte_where_the_file_has_them(tmp_path: Path) -> None:
+    """Files of earlier versions lack them; a diverged run's are not finite."""
+    new = open_run(write_run(tmp_path / "new", **tiny()))
+    assert new.best_loss is not None
+    assert new.best_bits_per_byte == pytest.approx(new.best_loss / math.log(2) / 4.5)
+    old = open_run(write_run(tmp_path / "old", **tiny(with_bits=False)))
+    assert old.best_bits_per_byte is None
+    for value in ("NaN", "Infinity", None, [], "word"):
+        assert bits_per_byte({"bits_per_byte": value}) is None
+    assert [run["val"]["bits_per_byte"] for run in report([old])["runs"]] == [[None] * 4]
