@@ -30,11 +30,10 @@ from gpt2.files import make_directory
 from gpt2.metrics.history import METRICS_FILE
 from gpt2.presets import parse_args
 from gpt2.progress import duration
+from gpt2.report.compare import INCIDENTAL
 from gpt2.report.runs import Run, open_run
 
 TRAINER = Path(__file__).resolve().parents[1] / "train_gpt2.py"
-WHEREABOUTS = {"run.run_dir", "run.resume", "run.allow_config_change", "run.device"}
-"""Settings in which a run may differ from its point of the grid: they change nothing of what it learns."""
 DONE = ("finished", "nonfinite", "spike")
 """How a run ends that is not started again: a diverged one would diverge again."""
 
@@ -115,7 +114,7 @@ def recorded(point: Point) -> Run | None:
     run = open_run(point.directory)
     changed = config_difference(run.config, parse_args(point.words).to_dict()) if run.config else {}
     for name, (old, new) in changed.items():
-        if name not in WHEREABOUTS:
+        if name.split(".")[1] not in INCIDENTAL:
             raise UserError(f"{point.directory} was made with {name} {old}, this sweep has {new}; choose another --out")
     return run
 

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from gpt2.metrics import reference
+from gpt2.report.compare import bands, central, group_runs, names_of
 from gpt2.report.runs import Record, Run, bits_per_byte, distinct_names
 
 MAX_POINTS = 1500
@@ -52,8 +53,17 @@ def report(runs: Sequence[Run], *, price: float | None = None, now: float | None
         "baselines": baselines(runs),
         "hellaswag_lines": hellaswag_lines(runs),
         "milestones": milestones(runs),
+        "groups": _groups(runs),
         "differences": differences([run.config for run in runs]),
     }
+
+
+def _groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Mean curves of runs that differ in their seed alone; none where every run is one of its kind."""
+    groups, _ = group_runs(runs)
+    if all(len(group.runs) == 1 for group in groups):
+        return []
+    return bands(groups, names_of(groups, central(groups)))
 
 
 def baselines(runs: Sequence[Run]) -> list[dict[str, Any]]:

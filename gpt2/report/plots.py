@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ DPI = 110
 
 
 def save_plots(report: Mapping[str, Any], directory: Path, *, log_tokens: bool = False) -> list[Path]:
-    """Draw loss.png, hellaswag.png (where it was evaluated) and training.png; returns their paths.
+    """Draw loss.png, hellaswag.png where it was evaluated, seeds.png where runs differ in nothing else, training.png.
+
+    Returns their paths.
 
     Args:
         report: what `gpt2.report.content.report` returned.
@@ -49,6 +51,8 @@ def save_plots(report: Mapping[str, Any], directory: Path, *, log_tokens: bool =
     paths = [save("loss.png", 1, lambda axes: _loss(axes[0], report))]
     if any(run["hellaswag"]["step"] for run in report["runs"]):
         paths.append(save("hellaswag.png", 1, lambda axes: _hellaswag(axes[0], report)))
+    if report["groups"]:
+        paths.append(save("seeds.png", 1, lambda axes: draw_bands(axes[0], report["groups"])))
     paths.append(save("training.png", 3, lambda axes: _training(axes, report)))
     return paths
 
@@ -90,9 +94,9 @@ def _reference_line(ax: Axes, report: Mapping[str, Any], entry: Mapping[str, Any
     )
 
 
-def _legend(ax: Axes, **place: str) -> None:
+def _legend(ax: Axes, fontsize: float = 9, **place: str) -> None:
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=9, **place)
+        ax.legend(frameon=False, fontsize=fontsize, **place)
     else:
         ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", color=MUTED)
 
@@ -132,6 +136,27 @@ def _skip_first_drop(ax: Axes, report: Mapping[str, Any], after: float) -> None:
         heights += [entry["value"] for entry in report["baselines"]]
         margin = 0.05 * (max(heights) - min(heights)) or 1.0
         ax.set_ylim(min(heights) - margin, max(heights) + margin)
+
+
+def group_style(index: int) -> tuple[str, str]:
+    """Colour and dashes of the index-th of up to 18 groups."""
+    return COLORS[index % len(COLORS)], ("-", "--", ":")[index // len(COLORS) % 3]
+
+
+def draw_bands(ax: Axes, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Mean validation losses of `gpt2.report.compare.bands`, a standard error to both sides.
+
+    The evaluation before the first step, which would press the rest flat, is left out.
+    """
+    for index, group in enumerate(groups):
+        first = int(len(group["tokens"]) > 1 and group["tokens"][0] == 0)
+        losses, errors = _numbers(group["loss"])[first:], group["stderr"][first:]
+        (color, dashes), label = group_style(index), f"{group['name']} ({group['n']})"
+        ax.plot(group["tokens"][first:], losses, dashes, marker=".", color=color, linewidth=1.8, label=label)
+        low, high = ([x + sign * e for x, e in zip(losses, errors, strict=True)] for sign in (-1, 1))
+        ax.fill_between(group["tokens"][first:], low, high, color=color, alpha=0.2, linewidth=0)
+    ax.set_ylabel("validation loss, nats per token")
+    _legend(ax, loc="upper right", fontsize=9 if len(groups) <= 6 else 7)
 
 
 def _hellaswag(ax: Axes, report: Mapping[str, Any]) -> None:

@@ -91,6 +91,16 @@ function charts(parent) {
       thinned ? "Long training curves are drawn as means of equal parts." : "",
     ].filter(Boolean).join(" "),
   });
+  if (report.groups.length)
+    drawChart(parent, {
+      title: "Validation loss, mean over seeds", wide: true, skipDrop: report.long, drop: report.drop, logX: false, logY: false,
+      format: (value, tick) => (value === null ? "–" : tick ? String(Number(value.toPrecision(4))) : value.toFixed(4)),
+      series: report.groups.map((group, index) => ({
+        label: `${group.name} (${group.n})`, color: color(index), dots: true, width: 2.4, x: group.tokens, y: group.loss,
+        low: group.loss.map((value, i) => value === null ? null : value - group.stderr[i]), high: group.loss.map((value, i) => value === null ? null : value + group.stderr[i]),
+      })),
+      note: "Runs that differ in nothing but the seed, how many in brackets. Band: one standard error. scripts/compare.py tells which differences are more than chance.",
+    });
   if (runs.some((run) => run.hellaswag.step.length))
     drawChart(parent, {
       title: "HellaSwag", wide: true, logX: false, format: percent,
