@@ -44,29 +44,82 @@ def test_counts_and_losses_are_sums_over_pairs(script: ModuleType) -> None:
     torch.testing.assert_close(script.mean_loss(counts, logits.log_softmax(dim=-1)), expected)
     n, first = len(tokens) - 1, Counter(tokens.tolist()[:-1])
     floor = -sum(c / n * math.log(c / first[a]) for (a, _), c in pairs.items())
-    assert script.entropy_floor(counts) == pytest.approx(floor)
+    assert script.bigram_entropy(tokens, tokenizer.n_vocab) == pytest.approx(floor)
+    shares = [count / len(tokens) for count in Counter(tokens.tolist()).values()]
+    assert script.unigram_entropy(tokens, tokenizer.n_vocab) == pytest.approx(-sum(p * math.log(p) for p in shares))
 
 
 def test_nothing_is_below_the_floor_and_a_trained_mlp_comes_close(script: ModuleType) -> None:
     tokenizer, tokens = encoded(TEXT)
     counts = script.count_pairs(tokens, tokenizer.n_vocab)
-    floor = script.entropy_floor(counts)
+    floor = script.bigram_entropy(tokens, tokenizer.n_vocab)
     torch.manual_seed(0)
     for kind in (script.OneHotMLP, script.EmbeddingMLP):
-        loss = float(script.mean_loss(counts, script.train_mlp(kind(tokenizer.n_vocab), counts, 400)))
+        training = script.train_mlp(kind(tokenizer.n_vocab), counts, counts, 400, "adam", 0.05)
+        loss = float(script.mean_loss(counts, training.log_probabilities))
         assert floor < loss < floor + 0.05
+        assert training.overfitting is None
+
+
+def test_the_best_step_is_kept_and_overfitting_named(script: ModuleType) -> None:
+    """Trained on a text that says "ab", validated on one that says "ba": what is learned soon does harm."""
+    tokenizer, tokens = encoded("the cat sat " * 5)
+    _, others = encoded("tac eht tas " * 5)
+    counts, val_counts = (script.count_pairs(part, tokenizer.n_vocab) for part in (tokens, others))
+    torch.manual_seed(0)
+    training = script.train_mlp(script.EmbeddingMLP(tokenizer.n_vocab), counts, val_counts, 200, "adam", 0.05)
+    assert len(training.train_losses) == len(training.val_losses) == 201
+    assert training.val_losses[training.best] == min(training.val_losses) < training.val_losses[-1] - 0.5
+    kept = float(script.mean_loss(val_counts, training.log_probabilities))
+    assert kept == pytest.approx(training.val_losses[training.best])
+    assert f"it overfits: from step {training.best} to 200" in training.overfitting
+
+
+def test_sgd_takes_gradient_descents_steps(script: ModuleType) -> None:
+    tokenizer, tokens = encoded(TEXT)
+    counts = script.count_pairs(tokens, tokenizer.n_vocab)
+    torch.manual_seed(0)
+    model = script.OneHotMLP(tokenizer.n_vocab)
+    before = model.outer.bias.detach().clone()
+    loss = F.cross_entropy(model(tokens[:-1]), tokens[1:])
+    (gradient,) = torch.autograd.grad(loss, [model.outer.bias])
+    script.train_mlp(model, counts, counts, 1, "sgd", 0.3)
+    torch.testing.assert_close(model.outer.bias.detach(), before - 0.3 * gradient)
+
+
+def test_one_hot_times_linear_is_an_embedding(script: ModuleType) -> None:
+    layer = script.OneHotMLP(13).inner
+    tokens = torch.tensor([3, 0, 12])
+    one_hot = F.one_hot(tokens, 13).float()
+    torch.testing.assert_close(layer(one_hot), F.embedding(tokens, layer.weight.T) + layer.bias)
+
+
+def test_greedy_text_goes_round(script: ModuleType) -> None:
+    tokenizer, tokens = encoded(TEXT)
+    counts = script.count_pairs(tokens, tokenizer.n_vocab) + 1
+    table = (counts / counts.sum(dim=1, keepdim=True)).log()
+    text = script.draw_text(table, tokenizer, seed=0, start="the c", greedy=True)
+    cycle = script.greedy_cycle(table, tokenizer, "the c")
+    assert text.startswith("the c")
+    assert cycle * 2 in text
+    assert text == script.draw_text(table, tokenizer, seed=1, start="the c", greedy=True)
+    assert text != script.draw_text(table, tokenizer, seed=1, start="the c")
 
 
 def test_the_rows_get_better_in_order_and_repeat(script: ModuleType) -> None:
     tokenizer, tokens = encoded(TEXT)
     state = torch.random.get_rng_state()
-    rows = script.baselines(tokens, tokens, tokenizer, steps=300, seed=0)
+    args = script.parse(["text.txt", "--steps", "300"])
+    rows, trainings, _ = script.baselines(tokens, tokens, tokenizer, args)
     assert torch.equal(torch.random.get_rng_state(), state)
     losses = [row.loss for row in rows]
     assert losses[0] == pytest.approx(math.log(tokenizer.n_vocab))
     assert losses[0] > losses[1] > max(losses[2:])
     assert [row.parameters for row in rows] == [0, 13, 169, 13 * 8 + 8 + 8 * 13 + 13, 13 * 8 + 8 * 8 + 8 + 8 * 13 + 13]
-    assert rows == script.baselines(tokens, tokens, tokenizer, steps=300, seed=0)
+    assert rows == script.baselines(tokens, tokens, tokenizer, args)[0]
+    assert [row.train_loss for row in rows] == losses
+    for row, training in zip(rows[3:], trainings.values(), strict=True):
+        assert row.loss == min(training.val_losses)
     assert set(rows[2].sample) <= set(tokenizer.chars)
 
 
@@ -99,7 +152,12 @@ def test_the_command_line(
 
     table = run(str(tmp_path / "text.txt"), "--model", str(tmp_path / "model"))
     assert "| GPT, 1 layers × 16 |" in table
-    assert table.count("\n| ") == 1 + 1 + 6
+    assert table.count("\n| ") == (1 + 1 + 6) + (1 + 1 + 2)  # the models, the floors
+    assert "when the input is 't' the target is 'h'" in table
+    greedy = run(str(tmp_path / "text.txt"), "--greedy", "--start", "the ", "--characters", "500")
+    assert "450 characters to train on, 50 to validate" in greedy
+    assert greedy.count("| `the ") == 5
+    assert "goes round for ever" in greedy
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     (tmp_path / "other.txt").write_text(TEXT.upper())
@@ -107,6 +165,9 @@ def test_the_command_line(
         ([str(tmp_path / "nowhere.txt")], "cannot read"),
         ([str(tmp_path / "other.txt"), "--model", str(tmp_path / "model")], "not trained on the characters"),
         ([str(tmp_path / "text.txt"), "--steps", "0"], "--steps is 0"),
+        ([str(tmp_path / "text.txt"), "--lr", "-1"], "--lr is -1"),
+        ([str(tmp_path / "text.txt"), "--characters", "5"], "--characters is 5; .* allows 100 to 960"),
+        ([str(tmp_path / "text.txt"), "--start", "Q"], "'Q' not among the 13 characters"),
     ):
         monkeypatch.setattr(sys, "argv", ["bigram.py", "--out", str(tmp_path / "x.png"), "--device", "cpu", *words])
         with pytest.raises(UserError, match=message):
@@ -123,5 +184,8 @@ def test_shakespeares_counted_losses(script: ModuleType) -> None:
     tokenizer = CharTokenizer("".join(sorted(set(text))))
     tokens = torch.tensor(tokenizer.encode(text))
     border = len(text) * 9 // 10
-    rows = script.baselines(tokens[:border], tokens[border:], tokenizer, steps=1, seed=0)
+    rows, _, _ = script.baselines(tokens[:border], tokens[border:], tokenizer, script.parse(["x", "--steps", "1"]))
     assert [round(row.loss, 3) for row in rows[:3]] == [4.174, 3.347, 2.482]
+    # The assignment's first 5,000 characters: letter frequencies, and the floor of bigrams.
+    assert script.unigram_entropy(tokens[:5000], 65) == pytest.approx(3.193, abs=1e-3)
+    assert script.bigram_entropy(tokens[:5000], 65) == pytest.approx(2.292, abs=1e-3)
