@@ -232,7 +232,7 @@ class RunConfig:
     sample_tokens: int = 32
     """Tokens of each of them."""
     sample_prompt: str = "Hello, I'm a language model,"
-    """What they continue."""
+    """What they continue; an empty one begins a document, behind end-of-text."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always makes one. 0: only then."""
     checkpoint_minutes: float = 0.0

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError, run_cli
 from gpt2.generation.generate import stream
+from gpt2.generation.prompt import prompt_tokens
 from gpt2.generation.text_stream import TextStream
 from gpt2.model.cpu_inference import decoding_copy
 from gpt2.model.gpt import GPT, load_pretrained
@@ -35,8 +36,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("-m", "--model", required=True, help="a run, a checkpoint, a transformers directory, or a name on the Hub")
-    add("--prompt", action="append", metavar="TEXT", help="may be repeated; all are continued at once")
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="may be repeated; all are continued at once; '' begins a document",
+    )
     add("-f", "--file", type=Path, help="read the prompt from a file (- for standard input)")
+    add("--special", action="store_true", help="take <|endoftext|> in a prompt as the token, not as characters")
     add("-n", "--num-samples", type=int, default=1, help="texts a prompt [1]")
     add("--max-new-tokens", type=int, default=64, help="[64]")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token [1.0]")
@@ -54,9 +61,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--num-samples is {args.num_samples}; it must be at least 1")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
-    if args.prompt and args.file:
+    if args.prompt is not None and args.file:
         raise UserError("give --prompt or --file, not both")
-    if args.num_samples > 1 and not (args.prompt or args.file):
+    if args.num_samples > 1 and args.prompt is None and not args.file:
         raise UserError(f"--num-samples {args.num_samples} needs a --prompt or a --file; a conversation has one answer")
     if args.stream and args.num_samples * len(args.prompt or [""]) > 1:
         raise UserError("--stream shows one text; leave out -n, give one --prompt")
@@ -82,7 +89,7 @@ def write(
     Args:
         live: print the first one while it comes.
     """
-    rows = [tokenizer.encode(prompt) for prompt in prompts]
+    rows = [prompt_tokens(tokenizer, prompt, args.special) for prompt in prompts]
     longest, context = max(map(len, rows)), model.config.block_size
     if longest > context:
         raise UserError(
@@ -140,8 +147,6 @@ def main() -> int:
     args = parse(sys.argv[1:])
     sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
     prompts = [read_prompt(args.file)] if args.file else args.prompt
-    if prompts is not None and "" in prompts:
-        raise UserError("the prompt is empty; give at least one character to continue")
     device = pick_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     set_matmul_precision(dtype)

@@ -12,6 +12,7 @@ from gpt2.config import Config
 from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.generation.generate import generate
+from gpt2.generation.prompt import prompt_tokens
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
 from gpt2.hellaswag.score import evaluate as evaluate_hellaswag
@@ -127,7 +128,7 @@ class Evaluator:
             with autocast(self.world.device, self.dtype):
                 texts = generate(
                     self.model,
-                    [self.tokenizer.encode(settings.sample_prompt)] * settings.num_samples,
+                    [prompt_tokens(self.tokenizer, settings.sample_prompt)] * settings.num_samples,
                     max_new_tokens=settings.sample_tokens,
                     top_k=50,
                     eot_token=self.tokenizer.eot_token,

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from gpt2.checkpoint.directory import Checkpoint, read_checkpoint
 from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, write_config
 from gpt2.checkpoint.writer import CheckpointWriter, NoWriter
-from gpt2.config import Config
+from gpt2.config import Config, RunConfig
 from gpt2.distributed.hang import HangWatch
 from gpt2.distributed.parallel import parallelize, place_like
 from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.files import lock, write_whole
+from gpt2.generation.prompt import prompt_tokens
 from gpt2.hardware import device_name, environment
 from gpt2.metrics.recorder import Metrics, NoMetrics
 from gpt2.model.gpt import GPT
 from gpt2.precision import make_deterministic, resolve_dtype, set_matmul_precision
+from gpt2.presets import presets
 from gpt2.tokens.dataset import Dataset, open_dataset
 from gpt2.tokens.loader import Blocks
 from gpt2.tokens.tokenizer import Tokenizer
@@ -54,7 +56,7 @@ def set_up(config: Config, world: World) -> Run:
 
     dataset, tokenizer = open_data(config, world)
     origin = world.on_main(lambda: find_origin(config))  # downloads, if anything has to be
-    config = replace(config, model=origin.model)
+    config = replace(config, model=origin.model, run=with_possible_prompt(config.run, tokenizer, say))
     train_blocks, val_blocks, plan = world.agree(lambda: plan_run(config, world, dataset, tokenizer, dtype))
 
     facts = environment(world.device, world.size)
@@ -120,6 +122,22 @@ def set_up(config: Config, world: World) -> Run:
     )
 
 
+def with_possible_prompt(run: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> RunConfig:
+    """The run's settings, with an empty prompt where a preset's has characters that the vocabulary lacks.
+
+    A prompt that was asked for is refused later, by the same characters.
+    """
+    if not run.num_samples or run.sample_prompt not in {config.run.sample_prompt for _, config in presets().values()}:
+        return run
+    try:
+        tokenizer.encode(run.sample_prompt)
+        return run
+    except UserError as error:
+        start = repr(tokenizer.decode(prompt_tokens(tokenizer, "")))
+        say(f"samples begin behind {start}, not with {run.sample_prompt!r}: {str(error).split(';')[0]}")
+        return replace(run, sample_prompt="")
+
+
 def open_data(config: Config, world: World) -> tuple[Dataset, Tokenizer]:
     """Open the data set, the same one in every process, and its tokenizer."""
     dataset = world.agree(lambda: open_dataset(config.data.data))
@@ -148,11 +166,9 @@ def plan_run(
     val = blocks(dataset.val)
     memory = device_memory(world.device)
     plan = make_plan(config, dataset, train, val, world.size, dtype, world.device.type, memory)
-    prompt = tokenizer.encode(config.run.sample_prompt) if config.run.num_samples else []
-    if config.run.num_samples and not 0 < len(prompt) <= config.model.block_size:
-        raise UserError(
-            f"sample_prompt has {len(prompt)} tokens; it must have between 1 and block_size {config.model.block_size}"
-        )
+    prompt = prompt_tokens(tokenizer, config.run.sample_prompt) if config.run.num_samples else []
+    if len(prompt) > config.model.block_size:
+        raise UserError(f"sample_prompt has {len(prompt)} tokens; at most block_size {config.model.block_size} fit")
     return train, val, plan
 
 

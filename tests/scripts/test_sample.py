@@ -118,6 +118,13 @@ def test_greedy_text_is_generates(model_dir: Path, sample: Callable[..., str], t
     assert sample(*words, stdin="to be\n\nto be\n") == text * 2  # a conversation
 
 
+def test_an_empty_prompt_begins_a_document(model_dir: Path, sample: Callable[..., str], tmp_path: Path) -> None:
+    words = ("--max-new-tokens", "20", "--temperature", "0")
+    assert sample("--prompt", "", *words) == expected(model_dir, "\n", temperature=0) + "\n"
+    (tmp_path / "empty.txt").write_text("\n")
+    assert sample("-f", str(tmp_path / "empty.txt"), *words) == expected(model_dir, "\n", temperature=0) + "\n"
+
+
 def test_many_prompts_and_samples(model_dir: Path, sample: Callable[..., str]) -> None:
     out = sample("--prompt", "ab", "--prompt", "c d e", "-n", "2", "--seed", "4", "--top-k", "9")
     assert out == sample("--prompt", "ab", "--prompt", "c d e", "-n", "2", "--seed", "4", "--top-k", "9")
@@ -137,7 +144,7 @@ def test_stop_text(model_dir: Path, sample: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a<|endoftext|>", "--special"], "<|endoftext|> in the prompt: this vocabulary of 28 has no such"),
         (["--prompt", "A"], "'A' not among the 28 characters"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
         (["--prompt", "a", "--top-p", "0"], "top_p is 0"),
