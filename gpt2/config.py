@@ -55,6 +55,8 @@ class GPTConfig:
     """LayerNorm, or RMSNorm (Zhang & Sennrich 2019)."""
     norm_position: NormPosition = "pre"
     """Normalise what enters a sub-layer (GPT-2) or the sum that leaves it (Vaswani et al. 2017)."""
+    final_norm: bool = False
+    """With post-norm: normalise once more before the head, as textbooks do; pre-norm always does."""
     qk_norm: bool = False
     """RMS-normalise each head's queries and keys (Henry et al. 2020)."""
     bias: bool = True
@@ -84,6 +86,10 @@ class GPTConfig:
         require(
             self.position != "rope" or self.head_dim % 2 == 0,
             f"RoPE rotates pairs, but the head dimension n_embd / n_head is {self.head_dim}, an odd number",
+        )
+        require(
+            not self.final_norm or self.norm_position == "post",
+            "final_norm is for norm_position post; pre has its final norm always",
         )
         require(
             self.full_attention_every is None or self.window is not None,

@@ -110,7 +110,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         # After post-norm blocks the stream is already normalised.
-        self.ln_f = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.ln_f = make_norm(config) if config.norm_position == "pre" or config.final_norm else nn.Identity()
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight

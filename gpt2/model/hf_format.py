@@ -41,6 +41,7 @@ _FIXED_IN_HF = {
     "window": None,
     "norm": "layernorm",
     "norm_position": "pre",
+    "final_norm": False,
     "qk_norm": False,
     "logit_softcap": None,
 }

@@ -9,8 +9,8 @@ import pytest
 from repository import ROOT
 
 DOCS = ROOT / "docs"
-SNIPPETS = {"attention.md": 7, "library.md": 9}
-PICTURES = {"attention.md": 2, "library.md": 0}
+SNIPPETS = {"attention.md": 8, "block.md": 10, "library.md": 9}
+PICTURES = {"attention.md": 2, "block.md": 0, "library.md": 0}
 
 
 @pytest.mark.parametrize("name", SNIPPETS)

@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rmsnorm": {"norm": "rmsnorm"},
     "qk_norm": {"qk_norm": True},
     "post-norm": {"norm_position": "post"},
+    "post-norm, final norm": {"norm_position": "post", "final_norm": True},
     "no bias": {"bias": False},
     "untied": {"tie_embeddings": False},
     "softcap": {"logit_softcap": 0.5},
@@ -149,7 +150,7 @@ def literal_logits(model: GPT, tokens: list[int]) -> Tensor:
             inner = norm(f"{block}.ln_2", x) if c.norm_position == "pre" else x
             update = linear(f"{block}.mlp.c_proj", activation(linear(f"{block}.mlp.c_fc", inner)))
             stream[t] = norm(f"{block}.ln_2", x + update) if c.norm_position == "post" else x + update
-    if c.norm_position == "pre":
+    if c.norm_position == "pre" or c.final_norm:
         stream = [norm("ln_f", x) for x in stream]
     logits = torch.stack([w["lm_head.weight"] @ x for x in stream])[:, : c.vocab_size]
     return logits if c.logit_softcap is None else c.logit_softcap * torch.tanh(logits / c.logit_softcap)

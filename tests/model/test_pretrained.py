@@ -19,15 +19,14 @@ transformers = pytest.importorskip("transformers", reason="transformers is the o
 from gpt2.config import GPTConfig  # noqa: E402
 from gpt2.errors import UserError  # noqa: E402
 from gpt2.model.gpt import GPT, load_pretrained  # noqa: E402
-from gpt2.model.hf_format import not_in_transformers  # noqa: E402
-from gpt2.model.pretrained import (  # noqa: E402
+from gpt2.model.hf_format import (  # noqa: E402
     config_from_hf,
     config_to_hf,
-    resolve_model,
-    save_pretrained,
+    not_in_transformers,
     state_dict_from_hf,
     state_dict_to_hf,
 )
+from gpt2.model.pretrained import resolve_model, save_pretrained  # noqa: E402
 from gpt2.tokens.tokenizer import CharTokenizer, gpt2_tokenizer  # noqa: E402
 
 # The four sizes' proportions (layers : heads, head width 64 shrunk to 8), an eighth as deep and wide.
@@ -54,6 +53,7 @@ INEXPRESSIBLE: dict[str, dict[str, Any]] = {
     "swiglu": {"activation": "swiglu"},
     "rmsnorm": {"norm": "rmsnorm"},
     "post": {"norm_position": "post"},
+    "textbook": {"norm_position": "post", "final_norm": True},
     "qk_norm": {"qk_norm": True},
     "softcap": {"logit_softcap": 5.0, "activation": "gelu", "bias": False},
 }
@@ -159,7 +159,7 @@ def test_every_field_of_the_model_survives_config_json() -> None:
     odd = GPTConfig(
         n_layer=4, n_head=6, n_embd=48, block_size=32, vocab_size=99, n_kv_head=3, position="rope", rope_theta=77.0,
         window=5, full_attention_every=2, activation="swiglu", norm="rmsnorm", norm_position="post", qk_norm=True,
-        bias=False, dropout=0.25, tie_embeddings=False, logit_softcap=9.0, zero_init_projections=True,
+        final_norm=True, bias=False, dropout=0.25, tie_embeddings=False, logit_softcap=9.0, zero_init_projections=True,
     )  # fmt: skip
     default = GPTConfig()
     assert [f for f in odd.__dataclass_fields__ if getattr(odd, f) == getattr(default, f)] == []  # none forgotten
