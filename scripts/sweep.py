@@ -156,7 +156,8 @@ class Sweep:
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = visible_gpus(self.gpus)[slot % self.gpus]
         point.directory.parent.mkdir(parents=True, exist_ok=True)
-        log, began = point.directory.with_name(point.directory.name + ".log"), time.monotonic()
+        # Hidden, so that runs/sweep/*/* names runs alone.
+        log, began = point.directory.with_name(f".{point.directory.name}.log"), time.monotonic()
         with log.open("ab") as output:
             command = [sys.executable, str(TRAINER), *point.words]
             # In a session of its own: Ctrl-C reaches it as this script's SIGTERM, once.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from repository import ROOT
 
-from gpt2.config import Config
+from gpt2.config import Config, GPTConfig
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.presets import parse_args, presets
@@ -34,6 +34,15 @@ def test_no_words_is_the_124m_recipe():
 def test_sizes(name, parameters):
     with torch.device("meta"):
         assert GPT(presets()[name][1].model).num_parameters() == parameters
+
+
+def test_the_plain_preset_differs_in_the_recipe_alone():
+    modern, plain = (presets()[name][1] for name in ("shakespeare-char", "shakespeare-char-plain"))
+    shape = {name: getattr(modern.model, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    assert plain.model == GPTConfig(**shape)
+    assert plain.optim.optimizer == "adamw"
+    assert plain.data == modern.data
+    assert replace(plain.run, run_dir=modern.run.run_dir) == modern.run
 
 
 def test_any_field_is_a_flat_flag():
