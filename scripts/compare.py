@@ -119,7 +119,7 @@ def notes(groups: Sequence[Group], left_out: Sequence[Run], tested: int, args: a
             )
     if len({str(run.start.get("dataset")) + str(run.config.get("data", {}).get("data")) for run in runs}) > 1:
         said.append("the runs were trained on different data sets: their losses do not compare")
-    elif args.metric == "val" and len({run.config.get("model", {}).get("vocab_size") for run in runs}) > 1:
+    elif args.metric == "val" and len({str(run.config.get("model", {}).get("vocab_size")) for run in runs}) > 1:
         said.append("the runs have different vocabularies, whose nats per token do not compare; use --metric bits")
     if args.tokens is None and args.metric != "tok_s" and len(ends := sorted({run.tokens for run in runs})) > 1:
         said.append(f"the runs end at different places, {ends[0]:,} to {ends[-1]:,} tokens; --tokens N compares at one")

@@ -86,7 +86,8 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[Run]]:
     groups: list[tuple[dict[str, Any], dict[int, Run]]] = []
     left_out = []
     for run in runs:
-        settings, seed = settings_of(run), int(run.config.get("run", {}).get("seed", 0))
+        settings, seed = settings_of(run), run.config.get("run", {}).get("seed")
+        seed = seed if type(seed) is int else 0  # the line that says it is lost or damaged
         found = next((members for other, members in groups if other == settings), None)
         if found is None:
             groups.append((settings, {seed: run}))
@@ -123,7 +124,8 @@ def value(run: Run, metric: Metric, tokens: int | None = None) -> float | None:
     """
     if metric == "tok_s":
         return run.tokens_per_second
-    if run.step < run.start.get("total_steps", 0) if tokens is None else run.tokens < tokens:
+    total = run.start.get("total_steps")
+    if (type(total) is int and run.step < total) if tokens is None else run.tokens < tokens:
         return None
     records = run.records("hellaswag" if metric == "hellaswag" else "val")
     records = [record for record in records if tokens is None or record["tokens"] <= tokens]

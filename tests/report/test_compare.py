@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake_runs import tiny, write_run
+from fake_runs import encode, lines, tiny, write_run
 from repository import load_script
 from scipy import stats
 
@@ -183,3 +183,19 @@ def test_what_is_wrong_is_said(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         compare(*words)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"config": None}, {"config": {"run": {"seed": []}, "model": {"vocab_size": []}}}, {}]
+)
+def test_a_damaged_first_line_does_not_stop_a_comparison(
+    damage: dict[str, object], tmp_path: Path, compare: Callable[..., str]
+) -> None:
+    records = lines(**tiny())
+    records[0] |= {"total_steps": "many", **damage}
+    (tmp_path / "runs" / "odd").mkdir(parents=True)
+    (tmp_path / "runs" / "odd" / "metrics.jsonl").write_bytes(encode(records))
+    write_group(tmp_path / "runs", {0: 0.0, 1: 0.1})
+    out = compare(tmp_path / "runs")
+    assert "baseline" in out
+    assert "| 2 |" in out or "is left out" in out
