@@ -20,6 +20,7 @@ Position = Literal["learned", "rope", "none"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu"]
 Norm = Literal["layernorm", "rmsnorm"]
 NormPosition = Literal["pre", "post"]
+SoftcapForm = Literal["tanh", "algebraic"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 
@@ -43,7 +44,13 @@ class GPTConfig:
     position: Position = "learned"
     """Learned absolute positions, rotary (RoPE, Su et al. 2021), or none (Haviv et al. 2022)."""
     rope_theta: float = 10_000.0
-    """Base of RoPE's wavelengths."""
+    """Base of RoPE's wavelengths: the j-th of n turning pairs turns by position × rope_theta^(-j/n)."""
+    rope_fraction: float = 1.0
+    """Part of each head's pairs that RoPE turns; the others carry no position (modded-nanogpt: 0.5)."""
+    rope_clockwise: bool = False
+    """Turn pairs by minus their angles, as modded-nanogpt does; this equals swapping the two halves of each head."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None: 1/√(n_embd / n_head) (Vaswani et al. 2017)."""
     window: int | None = None
     """Keys each query sees, itself included (sliding-window attention, Beltagy et al. 2020); None: all."""
     full_attention_every: int | None = None
@@ -53,27 +60,48 @@ class GPTConfig:
     keeps the parameter count by a hidden width of 8/3."""
     norm: Norm = "layernorm"
     """LayerNorm, or RMSNorm (Zhang & Sennrich 2019)."""
+    norm_eps: float | None = 1e-5
+    """ε under the root of these norms; None, for RMSNorm: PyTorch's, the machine ε of the type it normalises."""
     norm_position: NormPosition = "pre"
     """Normalise what enters a sub-layer (GPT-2) or the sum that leaves it (Vaswani et al. 2017)."""
     final_norm: bool = False
     """With post-norm: normalise once more before the head, as textbooks do; pre-norm always does."""
     qk_norm: bool = False
     """RMS-normalise each head's queries and keys (Henry et al. 2020)."""
+    embedding_norm: bool = False
+    """Normalise the embedding before the first block, too (Dettmers et al. 2022; modded-nanogpt)."""
     bias: bool = True
     """Biases in linear layers and LayerNorms."""
     dropout: float = 0.0
     """Probability of dropping an embedding, an attention weight, a residual update; GPT-2's own was 0.1."""
     tie_embeddings: bool = True
     """Share the token embedding with the output head (Press & Wolf 2017)."""
+    head_bias: bool = False
+    """A bias for each token's logit."""
     logit_softcap: float | None = None
-    """Squash logits to ±this by tanh (Gemma Team 2024); None: leave them."""
+    """Squash logits z into ±this, here c; None: leave them."""
+    logit_softcap_form: SoftcapForm = "tanh"
+    """tanh: c tanh(z / c) (Gemma Team 2024); algebraic: c z / √(z² + c²) (modded-nanogpt)."""
+    softmax_over_padding: bool = False
+    """Let the rows that pad the vocabulary to a multiple of 64 take part in the softmax of the loss, as in nanoGPT,
+    build-nanogpt and modded-nanogpt: a first loss of ln 50,304. They are never sampled."""
     zero_init_projections: bool = False
     """Start with every block an identity: projections into the residual stream are zero, not N(0, 0.02/√(2L))."""
+    init_embedding_std: float = 0.02
+    """Standard deviation of the initial embeddings, of tokens and of positions."""
+    init_head_std: float = 0.02
+    """Standard deviation of the initial head, where it is not the embedding."""
+    init_fan_in_variance: float | None = None
+    """Draw the blocks' matrices with this variance divided by their inputs (LeCun et al. 1998: 1; torch.nn.Linear:
+    1/3); None: 0.02². Projections into the stream are √(2L) times smaller."""
+    bf16_embedding: bool = False
+    """Keep the token embedding, and AdamW's state of it, in bf16 (modded-nanogpt)."""
 
     def __post_init__(self) -> None:
         require_types(self)
         require_range(self, "n_layer n_head n_embd block_size vocab_size window full_attention_every", 1)
-        require_range(self, "rope_theta logit_softcap", 0, open_=True)
+        require_range(self, "rope_theta attention_scale norm_eps logit_softcap", 0, open_=True)
+        require_range(self, "init_embedding_std init_head_std init_fan_in_variance", 0)
         require(
             self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; change one of them",
@@ -96,6 +124,29 @@ class GPTConfig:
             f"full_attention_every is {self.full_attention_every}, but there is no window; give one",
         )
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        pairs = self.rope_fraction * (self.head_dim // 2)
+        require(
+            pairs == round(pairs) and 0 < self.rope_fraction <= 1,
+            f"rope_fraction is {self.rope_fraction}; of a head's {self.head_dim // 2} pairs it must take a whole "
+            "number, at least one",
+        )
+        require(
+            self.position == "rope" or (self.rope_fraction == 1 and not self.rope_clockwise),
+            f"rope_fraction and rope_clockwise say how RoPE turns, but position is {self.position}; use --position "
+            "rope",
+        )
+        require(
+            self.norm_eps is not None or self.norm == "rmsnorm",
+            "norm_eps is None, which only RMSNorm understands; use --norm rmsnorm or give a number",
+        )
+        require(
+            self.logit_softcap is not None or self.logit_softcap_form == "tanh",
+            f"logit_softcap_form is {self.logit_softcap_form}, but logits are not squashed; give --logit-softcap",
+        )
+        require(
+            not self.tie_embeddings or (self.init_head_std == GPTConfig.init_head_std and not self.bf16_embedding),
+            "init_head_std and bf16_embedding need a head that is not the embedding; use --no-tie-embeddings",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -111,6 +162,11 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         """Rows the embedding has in memory: a multiple of 64, for which matrix products are fastest (50,304)."""
         return -(-self.vocab_size // 64) * 64
+
+    @property
+    def softmax_size(self) -> int:
+        """Rows of embedding and head that mean something: the softmax is over so many, and a checkpoint holds them."""
+        return self.padded_vocab_size if self.softmax_over_padding else self.vocab_size
 
     @property
     def mlp_hidden(self) -> int:
@@ -141,6 +197,9 @@ class DataConfig:
     """Tokens of the validation split an evaluation reads, from its start; less if the split is smaller."""
     shuffle: bool = True
     """Draw the sequences of an epoch in a seeded random order instead of the file's."""
+    drop_shard_tails: bool = False
+    """Begin a new shard where fewer tokens are left in one than a step and its last target need: with --no-shuffle the
+    order of build-nanogpt, llm.c and modded-nanogpt."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -154,7 +213,13 @@ class OptimConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for all, or Muon (Jordan 2024) for the hidden matrices and AdamW for the rest."""
     learning_rate: float = 6e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW, where no other is given below."""
+    embedding_learning_rate: float | None = None
+    """Peak learning rate of the embeddings, of tokens and of positions; None: learning_rate."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of the head, where it is not the embedding; None: learning_rate."""
+    vector_learning_rate: float | None = None
+    """Peak learning rate of biases and norms' gains; None: learning_rate."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of Muon's matrices; it scales an update whose singular values are all near 1."""
     schedule: Schedule = "cosine"
@@ -166,22 +231,38 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """Part of all steps that wsd spends decaying."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on tensors of two or more dimensions only."""
+    """Decoupled weight decay of matrices and embeddings, where no other is given below."""
+    embedding_weight_decay: float | None = None
+    """Weight decay of the embeddings; None: weight_decay."""
+    head_weight_decay: float | None = None
+    """Weight decay of the head, where it is not the embedding; None: weight_decay."""
+    vector_weight_decay: float = 0.0
+    """Weight decay of biases and norms' gains."""
+    muon_weight_decay: float | None = None
+    """Weight decay of Muon's matrices; None: weight_decay."""
     beta1: float = 0.9
     """AdamW's decay of the first moment per step."""
     beta2: float = 0.95
     """AdamW's decay of the second moment per step."""
     adam_eps: float = 1e-8
-    """AdamW's ε, added to the root of the second moment."""
+    """AdamW's ε, added to the root of the second moment of the mean loss's gradients. The ε of a recipe
+    that sums its loss must be divided by the tokens of a step."""
     muon_momentum: float = 0.95
     """Muon's Nesterov momentum."""
+    newton_schulz_steps: int = 5
+    """Iterations that orthogonalise Muon's update."""
+    newton_schulz_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    """Their a, b, c: X becomes a X + (b A + c A²) X, with A = X Xᵀ. These are Jordan's (2024); 2 -1.5 0.5 converge."""
     grad_clip: float = 1.0
     """Largest global gradient norm; a longer gradient is scaled down. 0: no clipping."""
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_range(self, "learning_rate muon_learning_rate adam_eps", 0, open_=True)
-        require_range(self, "weight_decay grad_clip warmup_steps", 0)
+        rates = "learning_rate embedding_learning_rate head_learning_rate vector_learning_rate muon_learning_rate"
+        require_range(self, f"{rates} adam_eps", 0, open_=True)
+        decays = "weight_decay embedding_weight_decay head_weight_decay vector_weight_decay muon_weight_decay"
+        require_range(self, f"{decays} grad_clip warmup_steps", 0)
+        require_range(self, "newton_schulz_steps", 1)
         require_range(self, "min_lr_ratio decay_fraction", 0, 1)
         for name in ("beta1", "beta2", "muon_momentum"):
             value = getattr(self, name)
@@ -287,6 +368,11 @@ class Config:
             f"total_batch_tokens {tokens} is not a multiple of block_size {length}; "
             f"choose {max(tokens // length, 1) * length}",
         )
+        own_head = self.optim.head_learning_rate is not None or self.optim.head_weight_decay is not None
+        require(
+            not (own_head and self.model.tie_embeddings),
+            "head_learning_rate and head_weight_decay need a head that is not the embedding; use --no-tie-embeddings",
+        )
 
     @property
     def sequences_per_step(self) -> int:
@@ -297,7 +383,7 @@ class Config:
         """As JSON holds it."""
         return {
             part.name: {
-                key: str(value) if isinstance(value, Path) else value
+                key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
                 for key, value in dataclasses.asdict(getattr(self, part.name)).items()
             }
             for part in dataclasses.fields(self)
@@ -320,7 +406,11 @@ class Config:
             require(not unknown, f"the configuration holds {', '.join(unknown)}, unknown to this version")
             parts[part.name] = kind(
                 **{
-                    key: Path(value) if value is not None and "Path" in str(known[key].type) else value
+                    key: Path(value)
+                    if value is not None and "Path" in str(known[key].type)
+                    else tuple(value)
+                    if isinstance(value, list)
+                    else value
                     for key, value in given.items()
                 }
             )

@@ -28,6 +28,9 @@ def _is_of(value: object, kind: Any) -> bool:
     """Whether a value is of a type, as JSON and arithmetic have it: 1 is also a float, True is no number."""
     if isinstance(kind, UnionType):
         return any(_is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_of, value, parts))
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)

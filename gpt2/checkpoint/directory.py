@@ -80,7 +80,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, config: GPTConfig,
         temporary.mkdir(parents=True)
         save_pretrained(temporary, checkpoint.model, config, tokenizer)
         trimmed = {
-            name: tensor[: config.vocab_size].contiguous() if _is_vocabulary(name, tensor) else tensor.contiguous()
+            name: tensor[: config.softmax_size].contiguous() if _is_vocabulary(name, tensor) else tensor.contiguous()
             for name, tensor in checkpoint.optimizer.items()
         }
         save_file(trimmed, temporary / "optimizer.safetensors")
@@ -132,7 +132,7 @@ def supersede_later(start: Path) -> list[Path]:
 
 
 def _is_vocabulary(name: str, tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and name.endswith(("wte.weight", "lm_head.weight"))
+    return tensor.ndim > 0 and name.endswith(("wte.weight", "lm_head.weight", "lm_head.bias"))
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
@@ -197,8 +197,11 @@ def read_checkpoint(path: Path, config: GPTConfig) -> Checkpoint:
         optimizer = load_file(path / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"the checkpoint {path} is unreadable ({error})") from None
-    padding = (0, 0, 0, config.padded_vocab_size - config.vocab_size)
-    padded = {name: F.pad(t, padding) if _is_vocabulary(name, t) else t for name, t in optimizer.items()}
+    rows = config.padded_vocab_size - config.softmax_size
+    padded = {
+        name: F.pad(t, (0, 0) * (t.ndim - 1) + (0, rows)) if _is_vocabulary(name, t) else t
+        for name, t in optimizer.items()
+    }
     return Checkpoint(model, padded, training)
 
 

@@ -96,7 +96,7 @@ def stream(
     device = model.wte.weight.device
     if dtype is None and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    dtype = dtype or model.wte.weight.dtype
+    dtype = dtype or model.dtype
     sharded = isinstance(model, FSDPModule)
     if not sharded:
         model = decoding_copy(model, dtype, len(prompts))

@@ -33,7 +33,6 @@ from gpt2.hellaswag.rows import Convention, Row, Rows, make_rows, pack, plan
 from gpt2.model.attention_kernels import varying_backends
 from gpt2.model.cpu_inference import PackedLinear, can_pack, scoring_copy
 from gpt2.model.gpt import GPT
-from gpt2.model.loss import softcap
 from gpt2.tokens.tokenizer import GPT2Tokenizer, Tokenizer
 
 CPU_TOKEN_BUDGET = 2048
@@ -108,13 +107,14 @@ class Head:
 
     def __init__(self, model: GPT, dtype: torch.dtype, chunk: int, tile: int):
         weight = whole(model.lm_head.weight.detach())
-        self.vocab_size = model.config.vocab_size
-        self.cap = model.config.logit_softcap
+        self.softmax_size, self.cap = model.config.softmax_size, model.softcap
+        bias = model.lm_head.bias
+        self.bias = None if bias is None else whole(bias.detach())[: self.softmax_size].float()  # (V,)
         self.chunk, self.tile = chunk, tile
         self.mean: Tensor | None = None
         if dtype != torch.float32:
             weight = weight.float()
-            self.mean = weight[: self.vocab_size].mean(dim=0)  # (C,)
+            self.mean = weight[: self.softmax_size].mean(dim=0)  # (C,)
             weight = weight - self.mean
         head = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
         head.weight = nn.Parameter(weight.to(dtype), requires_grad=False)  # (V, C)
@@ -126,13 +126,15 @@ class Head:
         result = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), self.chunk):
             h = hidden[start : start + self.chunk]
-            logits = self.linear(h.to(self.dtype))[:, : self.vocab_size]  # (chunk, V)
-            shift = None if self.mean is None or self.cap is None else (h.float() @ self.mean)[:, None]  # (chunk, 1)
+            logits = self.linear(h.to(self.dtype))[:, : self.softmax_size]  # (chunk, V)
+            capped = self.cap.limit is not None
+            shift = (h.float() @ self.mean)[:, None] if capped and self.mean is not None else None  # (chunk, 1)
             for first in range(0, len(h), self.tile):
                 rows = slice(first, first + self.tile)
                 tile = logits[rows].float()  # (tile, V)
-                if self.cap is not None:
-                    tile = softcap(tile if shift is None else tile + shift[rows], self.cap)
+                if self.bias is not None:
+                    tile = tile + self.bias
+                tile = self.cap(tile if shift is None else tile + shift[rows])
                 after = slice(start + first, start + first + len(tile))
                 result[after] = tile.log_softmax(dim=1).gather(1, targets[after])
         return result

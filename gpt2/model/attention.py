@@ -71,9 +71,16 @@ class KVCache:
 
 
 def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE's angles, each (block_size, head_dim / 2), fp32. Su et al. 2021, equation 15."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    """cos and sin of RoPE's angles, each (block_size, head_dim / 2), fp32. Su et al. 2021, equation 15.
+
+    Pairs that `rope_fraction` leaves alone have the angle 0.
+    """
+    pairs = config.head_dim // 2
+    turning = round(config.rope_fraction * pairs)
+    frequencies = torch.zeros(pairs, dtype=torch.float64)
+    frequencies[:turning] = config.rope_theta ** (-torch.arange(turning, dtype=torch.float64) / turning)
+    if config.rope_clockwise:
+        frequencies = -frequencies
     angles = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequencies)
     return angles.cos().float(), angles.sin().float()
 
@@ -109,7 +116,11 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
         self.window = config.layer_window(layer)
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
+        # The kernels divide scores by √head_dim; queries make up for another scale.
+        self.query_scale = None
+        if config.attention_scale is not None:
+            self.query_scale = config.attention_scale * config.head_dim**0.5
         self.dropout = config.dropout
         self.recorder: list[Tensor] | None = None  # of `recorded_weights`
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
@@ -140,6 +151,8 @@ class CausalSelfAttention(nn.Module):
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if self.query_scale is not None:
+            q = q * self.query_scale
         dtype = v.dtype
         k = k.to(dtype)  # autocast computes norms and rotations in fp32
         if cache is not None:

@@ -129,7 +129,7 @@ def decoding_copy(model: GPT, dtype: torch.dtype | None = None, rows: int = 1) -
     Raises:
         ValueError: the model is such a copy, of another type.
     """
-    own = model.wte.weight.dtype
+    own = model.dtype
     dtype = dtype or own
     if isinstance(model.lm_head, PackedLinear | OneRowLinear):
         if dtype != own:

@@ -19,19 +19,18 @@ from gpt2.errors import UserError
 from gpt2.model.attention import CausalSelfAttention, KVCache, rotary_tables
 from gpt2.model.attention_kernels import attention_mask, varying_backends
 from gpt2.model.hf_format import state_dict_from_hf
-from gpt2.model.loss import Softmax, linear_cross_entropy, softcap, softmax_tiled_
+from gpt2.model.loss import Softcap, Softmax, linear_cross_entropy, softmax_tiled_
 from gpt2.model.pretrained import load_tokenizer, read_model, resolve_model, save_pretrained
 from gpt2.model.sampling import Sampling, check_prompts, choose, filter_logits, row_generators
 from gpt2.tokens.tokenizer import Tokenizer
 
-INIT_STD = 0.02
-
 
 def make_norm(config: GPTConfig) -> nn.Module:
-    """The configured normalisation over the width; ε is GPT-2's 1e-5."""
+    """The configured normalisation over the width."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=1e-5)
-    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    assert config.norm_eps is not None  # GPTConfig refuses it
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 class MLP(nn.Module):
@@ -95,7 +94,8 @@ class GPT(nn.Module):
 
     `forward` trains and scores; `hidden` and `logits` are its two halves, for those who need only some positions.
     The embedding has `padded_vocab_size` rows in memory. The rows past `vocab_size` are zero and stay zero: the loss
-    gives them no probability, hence no gradient, and nothing outside this class sees them.
+    gives them no probability, hence no gradient, and nothing outside this class sees them. With `softmax_over_padding`
+    they take part in the loss; they are never sampled all the same.
     """
 
     rotary_cos: Tensor
@@ -107,11 +107,14 @@ class GPT(nn.Module):
         self.activation_checkpointing = False  # recompute each block's activations in the backward pass
         self.softmax: Softmax = softmax_tiled_  # the form of it that the loss uses; gpt2.model.compile sets another
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        if config.bf16_embedding:
+            self.wte.to(torch.bfloat16)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.ln_e = make_norm(config) if config.embedding_norm else nn.Identity()
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         # After post-norm blocks the stream is already normalised.
         self.ln_f = make_norm(config) if config.norm_position == "pre" or config.final_norm else nn.Identity()
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         if config.position == "rope":
@@ -148,29 +151,40 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
-        """Draw GPT-2's initial weights: N(0, 0.02), projections into the stream N(0, 0.02/√(2L)), biases 0, norms 1.
+        """Draw the initial weights; GPT-2's are N(0, 0.02), into the stream N(0, 0.02/√(2L)), biases 0, norms 1.
 
         The draw depends on the seed and the shape alone, not on the device or on the generators in use elsewhere.
         """
+        config = self.config
         generator = torch.Generator().manual_seed(seed)
-        residual_std = INIT_STD / (2 * self.config.n_layer) ** 0.5
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                std = 0.0 if self.config.zero_init_projections else residual_std
-            elif parameter.ndim >= 2:
-                std = INIT_STD
-            else:
+            if parameter.ndim < 2:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # norms' gains; every bias
                 continue
+            if name in ("wte.weight", "wpe.weight"):
+                std = config.init_embedding_std
+            elif name == "lm_head.weight":
+                std = config.init_head_std
+            else:
+                variance = config.init_fan_in_variance
+                std = 0.02 if variance is None else (variance / parameter.size(1)) ** 0.5
+                if name.endswith("c_proj.weight"):  # 2 L of them add to the stream
+                    std = 0.0 if config.zero_init_projections else std / (2 * config.n_layer) ** 0.5
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
         self.zero_padding_rows()
         return self
 
     @torch.no_grad()
     def zero_padding_rows(self) -> None:
-        """Make the embedding's and the head's rows past the vocabulary zero."""
-        self.wte.weight[self.config.vocab_size :] = 0
-        self.lm_head.weight[self.config.vocab_size :] = 0
+        """Make the embedding's and the head's rows that mean nothing zero."""
+        for parameter in (self.wte.weight, self.lm_head.weight, self.lm_head.bias):
+            if parameter is not None:
+                parameter[self.config.softmax_size :] = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights; the token embedding's may be smaller (`bf16_embedding`)."""
+        return next(self.h[0].parameters()).dtype
 
     def hidden(
         self,
@@ -197,9 +211,10 @@ class GPT(nn.Module):
             positions = torch.arange(start, start + T, device=tokens.device)[None]  # (1, T)
         key_positions = positions if cache is None else cache.append_positions(positions)  # (B or 1, S)
 
-        x = self.wte(tokens)  # (B, T, C)
+        x = self.wte(tokens).to(self.dtype)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(positions)
+        x = self.ln_e(x)
         x = F.dropout(x, self.config.dropout, self.training)
 
         rotary = None
@@ -223,8 +238,12 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) of `hidden` to logits over the real vocabulary, (..., vocab_size)."""
-        logits = self.lm_head(hidden)[..., : self.config.vocab_size]
-        return softcap(logits, self.config.logit_softcap)
+        return self.softcap(self.lm_head(hidden)[..., : self.config.vocab_size])
+
+    @property
+    def softcap(self) -> Softcap:
+        """What squashes the logits."""
+        return Softcap(self.config.logit_softcap, self.config.logit_softcap_form)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or with targets the loss.
@@ -244,9 +263,10 @@ class GPT(nn.Module):
             hidden.flatten(0, 1),
             self.lm_head.weight,
             targets.flatten(),
-            vocab_size=self.config.vocab_size,
-            cap=self.config.logit_softcap,
+            vocab_size=self.config.softmax_size,
+            cap=self.softcap,
             softmax=self.softmax,
+            bias=self.lm_head.bias,
         )
 
     @torch.inference_mode()
@@ -280,17 +300,17 @@ class GPT(nn.Module):
             UserError: an empty start, an id outside the vocabulary, a value out of range, logits that are not finite.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        weight, block_size, was_training = self.wte.weight, self.config.block_size, self.training
-        tokens = torch.as_tensor(start, device=weight.device)  # (B, T)
+        device, block_size, was_training = self.wte.weight.device, self.config.block_size, self.training
+        tokens = torch.as_tensor(start, device=device)  # (B, T)
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise UserError(f"start is {tokens.dtype} of shape {tuple(tokens.shape)}; give whole numbers, (B, T)")
         check_prompts(tokens.tolist(), self.config.vocab_size, max_new_tokens)
-        generators = row_generators(seed, len(tokens), weight.device)
-        cache: KVCache | None = KVCache(self.config, len(tokens), block_size, weight.device, weight.dtype)
+        generators = row_generators(seed, len(tokens), device)
+        cache: KVCache | None = KVCache(self.config, len(tokens), block_size, device, self.dtype)
         self.eval()
         try:
             # Every new token is another shape, which blocks compiled for training would be compiled for again.
-            with torch.compiler.set_stance("force_eager"), varying_backends(weight.device):
+            with torch.compiler.set_stance("force_eager"), varying_backends(device):
                 for _ in range(max_new_tokens):
                     if tokens.size(1) > block_size:
                         cache = None  # dropping the oldest token moves every position
@@ -307,9 +327,10 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         """Parameters a checkpoint holds: tied ones once, the vocabulary's padding not at all."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        tables = 1 if self.config.tie_embeddings else 2
-        return sum(p.numel() for p in self.parameters()) - tables * padding
+        config = self.config
+        widths = config.n_embd * (1 if config.tie_embeddings else 2) + config.head_bias  # of one row of the vocabulary
+        padding = (config.padded_vocab_size - config.softmax_size) * widths
+        return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self, length: int | None = None) -> float:
         """Floating-point operations to train on one token: 6 N + 6 L C T, for causal attention counted once.
@@ -324,7 +345,7 @@ class GPT(nn.Module):
         T = config.block_size if length is None else length
         n = self.num_parameters() - (self.wpe.weight.numel() if self.wpe is not None else 0)
         if not config.tie_embeddings:
-            n -= config.vocab_size * config.n_embd
+            n -= config.softmax_size * config.n_embd
         attention = 0.0
         for layer in range(config.n_layer):
             window = min(config.layer_window(layer) or T, T)

@@ -34,22 +34,26 @@ _ACTIVATION_FROM_HF = {
     "gelu_fast": "gelu_tanh",
     "gelu_python": "gelu",
 }
-# Fields of ours that transformers' GPT-2 computes with one value only.
-_FIXED_IN_HF = {
-    "n_kv_head": None,
-    "position": "learned",
-    "window": None,
-    "norm": "layernorm",
-    "norm_position": "pre",
-    "final_norm": False,
-    "qk_norm": False,
-    "logit_softcap": None,
+# Fields that have a place of their own in transformers' config.json, whatever their value.
+_IN_HF = {
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "block_size",
+    "vocab_size",
+    "activation",
+    "dropout",
+    "tie_embeddings",
+    "norm_eps",
 }
-# Fields that say nothing to transformers but something to us: inert there, or zero biases.
-_OURS_ALONE = ("rope_theta", "full_attention_every", "bias", "zero_init_projections")
+# Fields that transformers need not know: how weights were drawn, and biases, which can be written as zeros.
+_OURS_ALONE = {
+    *("init_embedding_std", "init_head_std", "init_fan_in_variance", "zero_init_projections", "bias"),
+    *("rope_theta", "full_attention_every"),  # say nothing without RoPE or a window, which are not for transformers
+}
+# Every other field, one that is yet to be invented included, makes a variant unless it is at its default.
 # Fields of transformers' that this model computes with one value only.
 _FIXED_IN_OURS = {
-    "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
@@ -65,12 +69,13 @@ def _defaults(config: GPTConfig) -> dict[str, Any]:
 
 def not_in_transformers(config: GPTConfig) -> list[str]:
     """What of a variant `transformers`' GPT-2 cannot compute, as "name=value"; empty if it can open the model."""
-    values = asdict(config)
+    values, defaults = asdict(config), _defaults(config)
     if config.kv_heads == config.n_head:
         values["n_kv_head"] = None
     if all(config.layer_window(layer) is None for layer in range(config.n_layer)):
         values["window"] = None
-    odd = [f"{name}={values[name]}" for name, fixed in _FIXED_IN_HF.items() if values[name] != fixed]
+    known = _IN_HF | _OURS_ALONE
+    odd = [f"{name}={value}" for name, value in values.items() if name not in known and value != defaults[name]]
     if config.activation not in _ACTIVATION_TO_HF:
         odd.append(f"activation={config.activation}")
     return odd
@@ -84,11 +89,8 @@ def config_to_hf(config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, An
         tokenizer: the one its tokens are of; None: unknown.
     """
     odd = not_in_transformers(config)
-    ours: dict[str, Any] = {}
     defaults = _defaults(config)
-    for name in (*_FIXED_IN_HF, *_OURS_ALONE):
-        if getattr(config, name) != defaults[name]:
-            ours[name] = getattr(config, name)
+    ours = {name: value for name, value in asdict(config).items() if name not in _IN_HF and value != defaults[name]}
     if odd:
         ours["activation"] = config.activation  # its place is taken by the refusal below
     if tokenizer is not None:
@@ -111,6 +113,7 @@ def config_to_hf(config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, An
         "resid_pdrop": config.dropout,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": 0.02,
+        "layer_norm_epsilon": config.norm_eps,
         **_FIXED_IN_OURS,
         "bos_token_id": eot,
         "eos_token_id": eot,
@@ -135,7 +138,13 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPTConfig:
     for name, fixed in _FIXED_IN_OURS.items():
         if raw.get(name, fixed) != fixed:
             raise UserError(f"config.json sets {name} to {raw[name]!r}; this model only computes with {fixed!r}")
-    values: dict[str, Any] = {name: ours[name] for name in (*_FIXED_IN_HF, *_OURS_ALONE, "activation") if name in ours}
+    own_names = {field.name for field in fields(GPTConfig)} - _IN_HF | {"activation"}
+    unknown = sorted(ours.keys() - own_names - {"tokenizer"})
+    if unknown:
+        raise UserError(
+            f"config.json sets {', '.join(unknown)}, unknown to this version; update this project to open it"
+        )
+    values: dict[str, Any] = {name: ours[name] for name in own_names & ours.keys()}
     if "activation" not in ours:
         activation = raw.get("activation_function", "gelu_new")
         if activation not in _ACTIVATION_FROM_HF:
@@ -155,6 +164,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPTConfig:
             f"dropout is {rates} in residual, embedding, attention; training on would use the first", stacklevel=2
         )
     values["dropout"] = rates[0]
+    values["norm_eps"] = raw.get("layer_norm_epsilon", 1e-5)
     values["tie_embeddings"] = raw.get("tie_word_embeddings", True)
     try:
         config = GPTConfig(**values)
@@ -179,9 +189,11 @@ def state_dict_to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str
     for name, tensor in state.items():
         if name == "lm_head.weight":
             if not config.tie_embeddings:
-                tensors[name] = tensor[: config.vocab_size]
+                tensors[name] = tensor[: config.softmax_size]
+        elif name == "lm_head.bias":
+            tensors[name] = tensor[: config.softmax_size]
         elif name == "wte.weight":
-            tensors[f"transformer.{name}"] = tensor[: config.vocab_size]
+            tensors[f"transformer.{name}"] = tensor[: config.softmax_size]
         else:
             tensors[f"transformer.{name}"] = tensor.t() if _TRANSPOSED.search(name) else tensor
     if not config.bias and not not_in_transformers(config):
@@ -233,10 +245,11 @@ def state_dict_from_hf(
         tensor = tensor.float()
         if _TRANSPOSED.search(name) and tensor.ndim == 2:
             tensor = tensor.t().contiguous()
-        if name in ("wte.weight", "lm_head.weight") and tensor.ndim == 2 and tensor.size(0) == config.vocab_size:
-            tensor = F.pad(tensor, (0, 0, 0, shape[0] - config.vocab_size))
+        of_vocabulary = name in ("wte.weight", "lm_head.weight", "lm_head.bias")
+        if of_vocabulary and tensor.ndim == len(shape) and tensor.size(0) == config.softmax_size:
+            tensor = F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, shape[0] - config.softmax_size))
         if tensor.shape != shape:
-            rows = config.vocab_size if name in ("wte.weight", "lm_head.weight") else shape[0]
+            rows = config.softmax_size if of_vocabulary else shape[0]
             wanted = (rows, *shape[1:])
             if _TRANSPOSED.search(name):
                 wanted = wanted[::-1]  # as it is in the file

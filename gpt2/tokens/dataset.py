@@ -68,6 +68,11 @@ class TokenStream:
         for handle in getattr(self, "_files", {}).values():
             os.close(handle)
 
+    @property
+    def shard_starts(self) -> tuple[int, ...]:
+        """The token each shard begins with, and the stream's length."""
+        return tuple(self._starts)
+
     def locate(self, index: int) -> tuple[Path, int]:
         """Shard that holds token `index` of the stream, and the token's offset in that shard."""
         if not 0 <= index < len(self):

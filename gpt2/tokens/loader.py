@@ -66,15 +66,35 @@ class Blocks:
         stream: the tokens.
         block_size: targets a block, so that it is block_size + 1 tokens long.
         vocab_size: every id must be below it.
+        step_tokens: None: blocks follow one another through all shards. A number: a shard holds as many whole steps of
+            so many tokens as leave one more token to be the last target, and its tail is dropped; without a seed, this
+            is the order of build-nanogpt, llm.c and modded-nanogpt.
         seed: draws the order; None: the stream's own order.
 
     Raises:
         UserError: the stream is shorter than one block.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int, vocab_size: int, seed: int | None = None):
+    def __init__(
+        self,
+        stream: TokenStream,
+        block_size: int,
+        vocab_size: int,
+        seed: int | None = None,
+        step_tokens: int | None = None,
+    ):
         self.stream, self.block_size, self.vocab_size, self.seed = stream, block_size, vocab_size, seed
-        self.count = (len(stream) - 1) // block_size
+        # Runs of blocks that follow one another: the token each begins with, and the number of its first block.
+        runs = np.array(stream.shard_starts if step_tokens is not None else (0, len(stream)))
+        steps = 1 if step_tokens is None else step_tokens // block_size  # blocks that are kept or dropped together
+        counts = (np.diff(runs) - 1) // (steps * block_size) * steps
+        self._run_starts, self._run_blocks = runs[:-1], np.cumsum(counts) - counts
+        self.count = int(counts.sum())
+        if self.count < 1 and step_tokens is not None:
+            raise UserError(
+                f"{stream.paths[0].parent} has no shard of {step_tokens + 1:,} tokens, one step and the last target; "
+                "use larger shards, a smaller --total-batch-tokens or --no-drop-shard-tails"
+            )
         if self.count < 1:
             where = stream.paths[0].parent if stream.paths else "the split"
             raise UserError(
@@ -84,8 +104,13 @@ class Blocks:
 
     @property
     def leftover(self) -> int:
-        """Tokens at the stream's end that fill no block, and are a target in no epoch."""
+        """Tokens that fill no block, and are a target in no epoch."""
         return len(self.stream) - 1 - self.count * self.block_size
+
+    def starts(self, blocks: np.ndarray) -> np.ndarray:
+        """The token of the stream that each block begins with, (n,) to (n,)."""
+        runs = np.searchsorted(self._run_blocks, blocks, side="right") - 1
+        return self._run_starts[runs] + (blocks - self._run_blocks[runs]) * self.block_size
 
     def order(self, samples: np.ndarray) -> np.ndarray:
         """Blocks that the given samples of a run are, (n,) to (n,)."""
@@ -105,12 +130,12 @@ class Blocks:
             UserError: an id the model has no embedding for.
         """
         out = np.empty((len(blocks), self.block_size + 1), dtype=self.stream.dtype)
-        for row, block in enumerate(blocks.tolist()):
-            start = block * self.block_size
+        starts = self.starts(blocks).tolist()
+        for row, start in enumerate(starts):
             out[row] = self.stream.read(start, start + self.block_size + 1)
         if out.size and int(out.max()) >= self.vocab_size:
             worst, column = divmod(int(out.argmax()), out.shape[1])
-            path, offset = self.stream.locate(int(blocks[worst]) * self.block_size + column)
+            path, offset = self.stream.locate(starts[worst] + column)
             raise UserError(
                 f"{path} holds token id {int(out.max())} at position {offset:,}, but the model's vocabulary has "
                 f"{self.vocab_size:,}; the shard is damaged or made with another tokenizer"

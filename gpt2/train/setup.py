@@ -162,7 +162,11 @@ def plan_run(
             "--parallel ddp"
         )
     blocks = partial(Blocks, block_size=config.model.block_size, vocab_size=config.model.vocab_size)
-    train = blocks(dataset.train, seed=config.run.seed if config.data.shuffle else None)
+    train = blocks(
+        dataset.train,
+        seed=config.run.seed if config.data.shuffle else None,
+        step_tokens=config.data.total_batch_tokens if config.data.drop_shard_tails else None,
+    )
     val = blocks(dataset.val)
     memory = device_memory(world.device)
     plan = make_plan(config, dataset, train, val, world.size, dtype, world.device.type, memory)

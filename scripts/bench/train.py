@@ -338,9 +338,7 @@ class Side:
                 logits = network(self.inputs).logits.float()  # as transformers' loss functions do
                 return F.cross_entropy(logits.flatten(0, 1), self.targets.flatten())
             hidden = model.hidden(self.inputs).flatten(0, 1)
-            total = plain_cross_entropy(
-                hidden, model.lm_head.weight, self.targets.flatten(), vocab_size, config.model.logit_softcap
-            )
+            total = plain_cross_entropy(hidden, model.lm_head.weight, self.targets.flatten(), vocab_size, model.softcap)
             return total / tokens
 
         forward = torch.compile(loss) if side == "compiled" else loss

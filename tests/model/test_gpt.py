@@ -37,6 +37,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no bias": {"bias": False},
     "untied": {"tie_embeddings": False},
     "softcap": {"logit_softcap": 0.5},
+    "algebraic softcap": {"logit_softcap": 0.5, "logit_softcap_form": "algebraic"},
+    "embedding norm": {"embedding_norm": True},
+    "head bias": {"tie_embeddings": False, "head_bias": True},
+    "scale": {"attention_scale": 0.3},
+    "half a rope": {"position": "rope", "rope_fraction": 0.5, "rope_clockwise": True, "rope_theta": 50.0},
+    "epsilon": {"norm_eps": 0.3},
+    "padding in the softmax": {"tie_embeddings": False, "softmax_over_padding": True},
+    "bf16 table": {"tie_embeddings": False, "bf16_embedding": True},
+    "recipe": {
+        "position": "rope",
+        "rope_theta": 30.0,
+        "rope_fraction": 0.5,
+        "rope_clockwise": True,
+        "attention_scale": 0.12,
+        "activation": "relu2",
+        "norm": "rmsnorm",
+        "norm_eps": None,
+        "qk_norm": True,
+        "embedding_norm": True,
+        "tie_embeddings": False,
+        "head_bias": True,
+        "logit_softcap": 15.0,
+        "logit_softcap_form": "algebraic",
+        "softmax_over_padding": True,
+        "bf16_embedding": True,
+    },
     "modern": {
         "position": "rope",
         "n_kv_head": 2,
@@ -90,16 +116,24 @@ def literal_logits(model: GPT, tokens: list[int]) -> Tensor:
     def linear(name: str, x: Tensor) -> Tensor:
         return w[f"{name}.weight"] @ x + (w[f"{name}.bias"] if c.bias else 0)
 
+    machine_eps = torch.finfo(torch.float32).eps
+
     def norm(name: str, x: Tensor) -> Tensor:
+        eps = machine_eps if c.norm_eps is None else c.norm_eps
         if c.norm == "rmsnorm":
-            return x / torch.sqrt((x * x).mean() + 1e-5) * w[f"{name}.weight"]
-        x = (x - x.mean()) / torch.sqrt(((x - x.mean()) ** 2).mean() + 1e-5)
+            return x / torch.sqrt((x * x).mean() + eps) * w[f"{name}.weight"]
+        x = (x - x.mean()) / torch.sqrt(((x - x.mean()) ** 2).mean() + eps)
         return x * w[f"{name}.weight"] + (w[f"{name}.bias"] if c.bias else 0)
 
     def turn(x: Tensor, t: int) -> Tensor:
         y = x.clone()
-        for i in range(hs // 2):
-            a = t * c.rope_theta ** (-2 * i / hs)
+        turning = int(c.rope_fraction * hs / 2)
+        for i in range(turning):
+            a = t * c.rope_theta ** (-i / turning)
+            if c.rope_clockwise:  # y1 = x1 cos + x2 sin, y2 = x2 cos - x1 sin
+                y[i] = x[i] * math.cos(a) + x[i + hs // 2] * math.sin(a)
+                y[i + hs // 2] = x[i + hs // 2] * math.cos(a) - x[i] * math.sin(a)
+                continue
             y[i] = x[i] * math.cos(a) - x[i + hs // 2] * math.sin(a)
             y[i + hs // 2] = x[i] * math.sin(a) + x[i + hs // 2] * math.cos(a)
         return y
@@ -118,6 +152,9 @@ def literal_logits(model: GPT, tokens: list[int]) -> Tensor:
     stream = [w["wte.weight"][token] for token in tokens]
     if c.position == "learned":
         stream = [x + w["wpe.weight"][t] for t, x in enumerate(stream)]
+    if c.embedding_norm:
+        stream = [norm("ln_e", x) for x in stream]
+    scale = 1 / math.sqrt(hs) if c.attention_scale is None else c.attention_scale
     for layer in range(c.n_layer):
         block = f"h.{layer}"
         full = c.window is None or (c.full_attention_every and (layer + 1) % c.full_attention_every == 0)
@@ -129,8 +166,7 @@ def literal_logits(model: GPT, tokens: list[int]) -> Tensor:
             n_kv = c.n_head // share
             qs, ks, vs = parts[: c.n_head], parts[c.n_head : c.n_head + n_kv], parts[c.n_head + n_kv :]
             if c.qk_norm:
-                eps = torch.finfo(torch.float32).eps
-                qs, ks = ([z / torch.sqrt((z * z).mean() + eps) for z in zs] for zs in (qs, ks))
+                qs, ks = ([z / torch.sqrt((z * z).mean() + machine_eps) for z in zs] for zs in (qs, ks))
             if c.position == "rope":
                 qs, ks = ([turn(z, t) for z in zs] for zs in (qs, ks))
             keys.append(ks)
@@ -138,7 +174,7 @@ def literal_logits(model: GPT, tokens: list[int]) -> Tensor:
             first = 0 if full else max(0, t - (c.window or 0) + 1)
             mixed = []
             for head in range(c.n_head):
-                scores = torch.stack([qs[head] @ keys[s][head // share] / math.sqrt(hs) for s in range(first, t + 1)])
+                scores = torch.stack([qs[head] @ keys[s][head // share] * scale for s in range(first, t + 1)])
                 mixed.append(
                     sum(
                         p * values[s][head // share]
@@ -153,7 +189,13 @@ def literal_logits(model: GPT, tokens: list[int]) -> Tensor:
     if c.norm_position == "pre" or c.final_norm:
         stream = [norm("ln_f", x) for x in stream]
     logits = torch.stack([w["lm_head.weight"] @ x for x in stream])[:, : c.vocab_size]
-    return logits if c.logit_softcap is None else c.logit_softcap * torch.tanh(logits / c.logit_softcap)
+    if c.head_bias:
+        logits = logits + w["lm_head.bias"][: c.vocab_size]
+    if c.logit_softcap is None:
+        return logits
+    if c.logit_softcap_form == "algebraic":
+        return c.logit_softcap * logits / (logits**2 + c.logit_softcap**2).sqrt()
+    return c.logit_softcap * torch.tanh(logits / c.logit_softcap)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

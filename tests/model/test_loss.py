@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.model.loss import IGNORE, linear_cross_entropy, plain_cross_entropy, softcap, softmax_, softmax_tiled_
+from gpt2.config import SoftcapForm
+from gpt2.model.loss import IGNORE, NO_CAP, Softcap, linear_cross_entropy, plain_cross_entropy, softmax_, softmax_tiled_
 
 N, C, VOCAB, PADDED = 70, 48, 185, 192
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -44,10 +45,10 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("cap", [NO_CAP, Softcap(3.0), Softcap(3.0, "algebraic")])
 @pytest.mark.parametrize("chunk", [1, 32, N, 1000], ids="chunk{}".format)
 @pytest.mark.parametrize("softmax", [softmax_, softmax_tiled_])
-def test_fp32_agrees_with_the_definition(device: str, cap: float | None, chunk: int, softmax: object) -> None:
+def test_fp32_agrees_with_the_definition(device: str, cap: Softcap, chunk: int, softmax: object) -> None:
     want = value_and_gradients(plain_cross_entropy, *inputs(device), cap=cap)
     got = value_and_gradients(linear_cross_entropy, *inputs(device), cap=cap, chunk=chunk, softmax=softmax)
     for one, other in zip(got, want, strict=True):
@@ -61,12 +62,14 @@ def test_the_definition_is_the_one_of_the_books() -> None:
         if target != IGNORE:
             logits = 3 * torch.tanh(weight.detach().double()[:VOCAB] @ row / 3)
             total -= float((logits[target].exp() / logits.exp().sum()).log())
-    assert plain_cross_entropy(hidden, weight, targets, VOCAB, cap=3.0).item() == pytest.approx(total, rel=1e-5)
+    assert plain_cross_entropy(hidden, weight, targets, VOCAB, cap=Softcap(3.0)).item() == pytest.approx(
+        total, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("cap", [None, 3.0])
-def test_bf16_is_no_worse_than_plain(device: str, cap: float | None) -> None:
+@pytest.mark.parametrize("cap", [NO_CAP, Softcap(3.0), Softcap(3.0, "algebraic")])
+def test_bf16_is_no_worse_than_plain(device: str, cap: Softcap) -> None:
     exact = value_and_gradients(plain_cross_entropy, *inputs(device, torch.float64), cap=cap)
     with torch.autocast(device, dtype=torch.bfloat16):
         plain = value_and_gradients(plain_cross_entropy, *inputs(device), cap=cap)
@@ -161,13 +164,13 @@ def test_weights_in_bf16_get_a_gradient_summed_in_fp32() -> None:
 
 def test_logits_of_any_size_do_not_overflow() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [-3e38, -3e38, -3e38]])
-    log_probs = softmax_(logits, torch.tensor([[0], [1]]), 3, None)
+    log_probs = softmax_(logits, torch.tensor([[0], [1]]), 3, NO_CAP)
     torch.testing.assert_close(log_probs, torch.tensor([[0.0], [-torch.tensor(3.0).log()]]))
     torch.testing.assert_close(logits, torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
-def test_columns_past_the_vocabulary_take_no_probability(cap: float | None) -> None:
+@pytest.mark.parametrize("cap", [NO_CAP, Softcap(5.0), Softcap(5.0, "algebraic")])
+def test_columns_past_the_vocabulary_take_no_probability(cap: Softcap) -> None:
     # As a GPU's kernel gets them, whole rows; a CPU's gets the real columns alone.
     logits = 10 * torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     logits[:, 59:] = 1e4  # would take all of it
@@ -183,7 +186,34 @@ def test_columns_past_the_vocabulary_take_no_probability(cap: float | None) -> N
     torch.testing.assert_close(tiled[:, :59], real)
 
 
-def test_softcap_is_the_identity_near_zero_and_bounded() -> None:
+@pytest.mark.parametrize("form", ["tanh", "algebraic"])
+def test_softcap_is_the_identity_near_zero_and_bounded(form: SoftcapForm) -> None:
     x = torch.tensor([-1e6, -0.01, 0.0, 0.01, 1e6])
-    torch.testing.assert_close(softcap(x, 30.0), torch.tensor([-30.0, -0.01, 0.0, 0.01, 30.0]), rtol=1e-5, atol=1e-6)
-    assert softcap(x, None) is x
+    expected = torch.tensor([-30.0, -0.01, 0.0, 0.01, 30.0])
+    torch.testing.assert_close(Softcap(30.0, form)(x), expected, rtol=1e-5, atol=1e-6)
+    assert NO_CAP(x) is x
+
+
+def test_the_two_forms_of_softcap_are_their_definitions() -> None:
+    z = torch.linspace(-40, 40, 81, dtype=torch.float64, requires_grad=True)
+    for form, literal in (("tanh", 15 * torch.tanh(z / 15)), ("algebraic", 15 * z / (z * z + 225).sqrt())):
+        cap = Softcap(15.0, form)  # type: ignore[arg-type]
+        torch.testing.assert_close(cap(z), literal, rtol=1e-12, atol=1e-12)
+        (slope,) = torch.autograd.grad(literal.sum(), z, retain_graph=True)
+        torch.testing.assert_close(cap.slope(cap(z)), slope, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cap", [NO_CAP, Softcap(3.0), Softcap(3.0, "algebraic")])
+@pytest.mark.parametrize("chunk", [1, 32, 1000])
+def test_a_bias_and_its_gradient(cap: Softcap, chunk: int) -> None:
+    hidden, weight, targets = inputs()
+    bias = torch.randn(PADDED, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = []
+    for loss in (
+        plain_cross_entropy(hidden, weight, targets, VOCAB, cap, bias),
+        linear_cross_entropy(hidden, weight, targets, VOCAB, cap, chunk, bias=bias),
+    ):
+        found.append([loss.detach(), *torch.autograd.grad(loss * 0.01, (hidden, weight, bias))])
+    for want, got in zip(*found, strict=True):
+        assert error(got, want) < 1e-5
+    assert (found[1][3][VOCAB:] == 0).all()

@@ -56,6 +56,14 @@ INEXPRESSIBLE: dict[str, dict[str, Any]] = {
     "textbook": {"norm_position": "post", "final_norm": True},
     "qk_norm": {"qk_norm": True},
     "softcap": {"logit_softcap": 5.0, "activation": "gelu", "bias": False},
+    "algebraic": {"logit_softcap": 5.0, "logit_softcap_form": "algebraic"},
+    "embedding norm": {"embedding_norm": True},
+    "head bias": {"tie_embeddings": False, "head_bias": True},
+    "scale": {"attention_scale": 0.3},
+    "half a rope": {"position": "rope", "rope_fraction": 0.5, "rope_clockwise": True},
+    "padding": {"tie_embeddings": False, "softmax_over_padding": True},
+    "bf16 table": {"tie_embeddings": False, "bf16_embedding": True},
+    "own epsilon": {"norm": "rmsnorm", "norm_eps": None},
 }
 CHARS = CharTokenizer("".join(map(chr, range(48, 118))))  # 70 of them
 

@@ -127,6 +127,35 @@ def test_an_id_outside_the_vocabulary_names_its_shard(tmp_path: Path) -> None:
             loader.raise_failure()
 
 
+@pytest.mark.parametrize("sizes", [[300, 64, 200, 65, 129, 128], [65]])
+def test_dropped_tails_are_the_order_of_a_loop_over_shards(tmp_path: Path, sizes: list[int]) -> None:
+    """build-nanogpt's, llm.c's and modded-nanogpt's: next shard where fewer than a step and one token are left."""
+    stream, step, length = stream_in_shards(tmp_path, sizes), 64, 16
+    literal, first = [], 0
+    for size in sizes:
+        position = 0
+        while size - position >= step + 1:
+            literal += [first + position + row * length for row in range(step // length)]
+            position += step
+        first += size
+    blocks = Blocks(stream, block_size=length, vocab_size=50257, step_tokens=step)
+    assert blocks.count == len(literal)
+    assert blocks.leftover == sum(sizes) - 1 - len(literal) * length
+    numbers = blocks.order(np.arange(2 * len(literal)))  # the second epoch repeats the first
+    assert blocks.starts(numbers).tolist() == literal * 2
+    everything = stream.read(0, len(stream))
+    for row, start in zip(blocks.read(numbers), literal * 2, strict=True):
+        np.testing.assert_array_equal(row, everything[start : start + length + 1])
+
+
+def test_no_shard_long_enough_for_a_step(tmp_path: Path) -> None:
+    stream = stream_in_shards(tmp_path, [64, 64])
+    with pytest.raises(
+        UserError, match=r"no shard of 65 tokens, one step and the last target; .*--no-drop-shard-tails"
+    ):
+        Blocks(stream, 16, 50257, step_tokens=64)
+
+
 def test_leaving_a_loader_that_is_ahead(tmp_path: Path) -> None:
     blocks = Blocks(stream_in_shards(tmp_path, [400]), block_size=16, vocab_size=50257)
     with Loader(blocks, 8, 0, 0, 1, 8, CPU) as loader:
