@@ -253,6 +253,12 @@ class OptimConfig:
     """Iterations that orthogonalise Muon's update."""
     newton_schulz_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
     """Their a, b, c: X becomes a X + (b A + c A²) X, with A = X Xᵀ. These are Jordan's (2024); 2 -1.5 0.5 converge."""
+    muon_qkv: Literal["auto", "apart", "together"] = "auto"
+    """Whether Muon orthogonalises the queries', keys' and values' matrices apart, or as the one they are stored in;
+    auto: apart, but a run goes on as it began, and runs of versions without this setting began together."""
+    normuon: bool = False
+    """Even out the rows of Muon's updates (NorMuon, Li et al. 2025, arXiv 2510.05491); its published setting on the
+    124M is muon_learning_rate 0.035 with muon_weight_decay 0.025."""
     grad_clip: float = 1.0
     """Largest global gradient norm; a longer gradient is scaled down. 0: no clipping."""
 
@@ -402,6 +408,8 @@ class Config:
             kind = type(getattr(Config(), part.name))
             known = {f.name: f for f in dataclasses.fields(kind)}
             given = raw.get(part.name, {})
+            if part.name == "optim" and given.get("optimizer") == "muon":  # no choice was stored when there was none
+                given = {"muon_qkv": "together", **given}
             unknown = sorted(given.keys() - known.keys())
             require(not unknown, f"the configuration holds {', '.join(unknown)}, unknown to this version")
             parts[part.name] = kind(

@@ -17,7 +17,7 @@ from gpt2.checkpoint.directory import (
     supersede_later,
     verify_checkpoint,
 )
-from gpt2.config import Config, GPTConfig, config_difference
+from gpt2.config import Config, GPTConfig, OptimConfig, config_difference
 from gpt2.errors import UserError
 from gpt2.files import write_whole
 from gpt2.model.gpt import GPT
@@ -30,7 +30,7 @@ CHANGEABLE = {
 }
 """Settings that change what comes out of a run, and may change within it when that is asked for; so may the
 optimizer's, but for its kind."""
-FIXED = {"data.shuffle", "run.seed", "optim.optimizer"}
+FIXED = {"data.shuffle", "run.seed", "optim.optimizer", "optim.normuon"}
 """Settings that can't change within a run, as the model's can't: the order of the data would repeat and leave out
 tokens, the optimizer's state would not fit. Everything else (the machine, the log, where the data is) changes freely:
 which data it is, their fingerprint tells."""
@@ -63,6 +63,20 @@ def check_config_change(old: Config, new: Config, where: Path) -> None:
             f"{where} holds a run with other settings: {describe(changeable)}; choose another --run, or go on in this "
             "one with --allow-config-change"
         )
+
+
+def settle_optim(config: Config) -> OptimConfig:
+    """The optimizer's settings with `muon_qkv` decided where it is auto: a run goes on as it began."""
+    optim, run = config.optim, config.run
+    if optim.optimizer != "muon" or optim.muon_qkv != "auto":
+        return optim
+    before = Config()
+    if (run.run_dir / "config.json").exists():
+        before = Config.load(run.run_dir / "config.json")
+    elif run.resume not in ("auto", "never"):
+        before = Config.from_dict(read_training(Path(run.resume)).get("config", {}))
+    together = before.optim.optimizer == "muon" and before.optim.muon_qkv == "together"
+    return replace(optim, muon_qkv="together" if together else "apart")
 
 
 def write_config(config: Config, path: Path) -> None:

@@ -126,6 +126,11 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
+    @property
+    def qkv_widths(self) -> list[int]:
+        """Rows of `c_attn` that make queries, keys and values, in this order."""
+        return [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
+
     def forward(
         self,
         x: Tensor,
@@ -143,7 +148,7 @@ class CausalSelfAttention(nn.Module):
         """
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, (nh + 2 nkv) hs)
-        q, k, v = qkv.split([n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)], dim=-1)
+        q, k, v = qkv.split(self.qkv_widths, dim=-1)
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, nkv, T, hs)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, nkv, T, hs)

@@ -91,6 +91,8 @@ def config_to_hf(config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, An
     odd = not_in_transformers(config)
     defaults = _defaults(config)
     ours = {name: value for name, value in asdict(config).items() if name not in _IN_HF and value != defaults[name]}
+    if config.norm_eps is None:
+        ours["norm_eps"] = None  # transformers has no word for the machine's
     if odd:
         ours["activation"] = config.activation  # its place is taken by the refusal below
     if tokenizer is not None:
@@ -113,7 +115,7 @@ def config_to_hf(config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, An
         "resid_pdrop": config.dropout,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": 0.02,
-        "layer_norm_epsilon": config.norm_eps,
+        "layer_norm_epsilon": 1e-5 if config.norm_eps is None else config.norm_eps,
         **_FIXED_IN_OURS,
         "bos_token_id": eot,
         "eos_token_id": eot,
@@ -138,7 +140,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPTConfig:
     for name, fixed in _FIXED_IN_OURS.items():
         if raw.get(name, fixed) != fixed:
             raise UserError(f"config.json sets {name} to {raw[name]!r}; this model only computes with {fixed!r}")
-    own_names = {field.name for field in fields(GPTConfig)} - _IN_HF | {"activation"}
+    own_names = {field.name for field in fields(GPTConfig)} - _IN_HF | {"activation", "norm_eps"}
     unknown = sorted(ours.keys() - own_names - {"tokenizer"})
     if unknown:
         raise UserError(
@@ -164,7 +166,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPTConfig:
             f"dropout is {rates} in residual, embedding, attention; training on would use the first", stacklevel=2
         )
     values["dropout"] = rates[0]
-    values["norm_eps"] = raw.get("layer_norm_epsilon", 1e-5)
+    values.setdefault("norm_eps", raw.get("layer_norm_epsilon", 1e-5))
     values["tie_embeddings"] = raw.get("tie_word_embeddings", True)
     try:
         config = GPTConfig(**values)

@@ -2,78 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gpt2.config import OptimConfig
 from gpt2.errors import UserError
+from gpt2.hardware import multiplies_bf16
+from gpt2.model.attention import CausalSelfAttention
+from gpt2.train.muon import Muon
 
 Group = dict[str, object]
 
 
-def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix inside a block, which Muon is made for."""
-    return name.startswith("h.") and parameter.ndim == 2
+def group_of(name: str, parameter: nn.Parameter) -> str:
+    """The parameter group a tensor belongs to: embedding, head, matrices (of the blocks) or vectors (1-D tensors)."""
+    if parameter.ndim < 2:
+        return "vectors"
+    if name in ("wte.weight", "wpe.weight"):
+        return "embedding"
+    return "head" if name == "lm_head.weight" else "matrices"
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig, device: torch.device) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
+def make_optimizers(
+    model: nn.Module, config: OptimConfig, device: torch.device, dtype: str = "fp32"
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest; with the state of step 0.
 
-    Weight decay applies to tensors of two or more dimensions: matrices and embeddings, not biases and norms. Every
+    Each group of `group_of` has a learning rate and a weight decay of its own; a tied head is an embedding. Every
     group has its peak learning rate as "initial_lr"; `set_learning_rates` scales it.
 
     Args:
         model: a GPT, not wrapped: the parameters' names choose their group.
         config: the optimizers' settings.
         device: the parameters are on.
-
-    Raises:
-        UserError: this version of PyTorch has no Muon.
+        dtype: precision of the run's matrix products, which Muon's are computed in; bf16 only where the device
+            multiplies it.
     """
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    muon = {n: p for n, p in named.items() if config.optimizer == "muon" and is_hidden_matrix(n, p)}
-    decayed = {n: p for n, p in named.items() if n not in muon and p.ndim >= 2}
-    undecayed = {n: p for n, p in named.items() if p.ndim < 2}
+    members: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault(group_of(name, parameter), []).append(parameter)
+    matrices = members.pop("matrices", []) if config.optimizer == "muon" else []
+    peaks = {
+        "embedding": config.embedding_learning_rate,
+        "head": config.head_learning_rate,
+        "vectors": config.vector_learning_rate,
+    }
+    decays = {
+        "embedding": config.embedding_weight_decay,
+        "head": config.head_weight_decay,
+        "vectors": config.vector_weight_decay,
+    }
+
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else value
 
     adamw_groups: list[Group] = [
-        {"name": "decayed", "params": list(decayed.values()), "weight_decay": config.weight_decay},
-        {"name": "not decayed", "params": list(undecayed.values()), "weight_decay": 0.0},
+        {
+            "name": name,
+            "params": parameters,
+            "lr": given(peaks.get(name), config.learning_rate),
+            "weight_decay": given(decays.get(name), config.weight_decay),
+        }
+        for name, parameters in members.items()
     ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [group for group in adamw_groups if group["params"]],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.adam_eps,
-            fused=device.type in ("cuda", "cpu"),
-        )
-    ]
-    if muon:
-        if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"PyTorch {torch.__version__} has no Muon; use --optimizer adamw or PyTorch 2.9 or later")
+    adamw = torch.optim.AdamW(
+        adamw_groups,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        fused=device.type in ("cuda", "cpu"),
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    for group in adamw.param_groups:
+        for parameter in group["params"]:  # as PyTorch makes it in the first step, which may be skipped
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            steps_on = device if adamw.defaults["fused"] else None
+            adamw.state[parameter] = {"step": torch.zeros((), device=steps_on), **moments}
+    if matrices:
+        qkv = {} if config.muon_qkv == "together" else _qkv_rows(model)
+        splits = [qkv.get(id(matrix), [matrix.shape[0]]) for matrix in matrices]
         optimizers.append(
-            torch.optim.Muon(
-                [{"name": "blocks' matrices", "params": list(muon.values())}],
+            Muon(
+                [{"name": "matrices", "params": matrices, "splits": splits}],
                 lr=config.muon_learning_rate,
-                weight_decay=config.weight_decay,
+                weight_decay=given(config.muon_weight_decay, config.weight_decay),
                 momentum=config.muon_momentum,
+                steps=config.newton_schulz_steps,
+                coefficients=config.newton_schulz_coefficients,
+                normuon=config.normuon,
+                dtype=torch.bfloat16 if dtype == "bf16" and multiplies_bf16(device) else torch.float32,
             )
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     grouped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in named.values()), "every parameter is in exactly one group"
+    named = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(grouped) == sorted(named), "every parameter is in exactly one group"
     return optimizers
+
+
+def _qkv_rows(model: nn.Module) -> dict[int, list[int]]:
+    """For each weight that holds queries', keys' and values' rows, by its id, how many of each."""
+    attentions = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
+    return {id(attention.c_attn.weight): attention.qkv_widths for attention in attentions}
 
 
 def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[str]:
     """A line a parameter group: optimizer, tensors, parameters, peak learning rate, weight decay."""
     return [
-        f"{type(optimizer).__name__} {group['name']}: {len(group['params'])} tensors, "
-        f"{sum(p.numel() for p in group['params']):,} parameters, "
+        f"{type(optimizer).__name__} {group['name']}: {len(group['params'])} tensors"
+        + (f" in {sum(map(len, group['splits']))} matrices, " if "splits" in group else ", ")
+        + f"{sum(p.numel() for p in group['params']):,} parameters, "
         f"peak lr {group['initial_lr']:.3g}, weight decay {group['weight_decay']:g}"
         for optimizer in optimizers
         for group in optimizer.param_groups
@@ -87,19 +130,18 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -
             group["lr"] = group["initial_lr"] * factor
 
 
-def step_unless(optimizers: list[torch.optim.Optimizer], veto: Tensor) -> None:
+def step_unless(optimizers: Sequence[torch.optim.Optimizer], veto: Tensor) -> None:
     """Update the weights unless `veto`, a scalar 0.0 or 1.0 on the device, is 1.
 
-    A fused AdamW takes the decision on the device, as under a gradient scaler, so the host does not wait for it; any
-    other optimizer makes the host read it first.
+    Muon and a fused AdamW take the decision on the device, as under a gradient scaler, so the host does not wait for
+    it; an AdamW that is not fused makes the host read it first.
     """
-    if all(optimizer.defaults.get("fused") for optimizer in optimizers):
-        for optimizer in optimizers:
-            optimizer.found_inf = veto  # type: ignore[attr-defined]
-            optimizer.step()
-    elif not veto.item():
-        for optimizer in optimizers:
-            optimizer.step()
+    on_device = all(isinstance(optimizer, Muon) or optimizer.defaults.get("fused") for optimizer in optimizers)
+    if not on_device and veto.item():
+        return
+    for optimizer in optimizers:
+        optimizer.found_inf = veto  # type: ignore[attr-defined]
+        optimizer.step()
 
 
 def state_tensors(
@@ -138,21 +180,23 @@ def load_state_tensors(
         place: (whole tensor, parameter) to a copy on the parameter's device, sharded as it is.
 
     Raises:
-        UserError: state of a parameter that does not exist, or none of one that does.
+        UserError: state that these optimizers do not keep, or some missing that they do.
     """
     parameters = dict(model.named_parameters())
-    owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    missing = set(parameters)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    states = {names[id(p)]: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    missing = {f"{key}.{name}" for name, state in states.items() for key in state}
     for full_name, tensor in tensors:
+        if full_name not in missing:
+            raise UserError(f"the checkpoint's optimizer state holds {full_name!r}, which this run's does not")
+        missing.remove(full_name)
         key, _, name = full_name.partition(".")
-        if name not in parameters:
-            raise UserError(f"the checkpoint's optimizer state is of {name!r}, which this model does not have")
         parameter = parameters[name]
-        state = owners[id(parameter)].state[parameter]
         if tensor.ndim == 0:  # AdamW's count of steps, never sharded
-            state[key] = tensor.to(parameter.device, copy=True)
+            states[name][key] = tensor.to(parameter.device, copy=True)
         else:
-            state[key] = place(tensor, parameter)
-        missing.discard(name)
+            states[name][key] = place(tensor, parameter)
     if missing:
-        raise UserError(f"the checkpoint holds no optimizer state of {min(missing)!r}; was it trained with Muon?")
+        raise UserError(
+            f"the checkpoint holds no optimizer state {min(missing)!r}; was it trained with another --optimizer?"
+        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.checkpoint.directory import Checkpoint, read_checkpoint
-from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, write_config
+from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, settle_optim, write_config
 from gpt2.checkpoint.writer import CheckpointWriter, NoWriter
 from gpt2.config import Config, RunConfig
 from gpt2.distributed.hang import HangWatch
@@ -56,7 +56,12 @@ def set_up(config: Config, world: World) -> Run:
 
     dataset, tokenizer = open_data(config, world)
     origin = world.on_main(lambda: find_origin(config))  # downloads, if anything has to be
-    config = replace(config, model=origin.model, run=with_possible_prompt(config.run, tokenizer, say))
+    config = replace(
+        config,
+        model=origin.model,
+        optim=world.on_main(lambda: settle_optim(config)),
+        run=with_possible_prompt(config.run, tokenizer, say),
+    )
     train_blocks, val_blocks, plan = world.agree(lambda: plan_run(config, world, dataset, tokenizer, dtype))
 
     facts = environment(world.device, world.size)
@@ -72,7 +77,7 @@ def set_up(config: Config, world: World) -> Run:
     watch = HangWatch(config.run.run_dir / "hang", world.rank)
 
     model, trained = build_model(config, world, plan, dtype, origin, checkpoint, resuming=bool(training))
-    optimizers = make_optimizers(model, config.optim, world.device)
+    optimizers = make_optimizers(model, config.optim, world.device, dtype)
     guard = StepGuard(world.device, config.run.on_nonfinite, config.run.spike_zscore)
     if training:
         moments = world.share(None if checkpoint is None else checkpoint.optimizer)

@@ -9,30 +9,37 @@ from pathlib import Path
 import pytest
 
 from gpt2.checkpoint.resume import CHANGEABLE, FIXED, check_config_change, write_config
-from gpt2.config import Config
+from gpt2.config import Config, GPTConfig
 from gpt2.errors import UserError
+
+# Every setting of it can be changed by itself.
+BASE = Config(model=GPTConfig(position="rope", tie_embeddings=False, logit_softcap=5.0))
 
 
 def changed(name: str) -> Config:
     """The default configuration with one setting at another value that is valid by itself."""
     part, field = name.split(".")
-    config = Config()
+    config = BASE
     old = getattr(getattr(config, part), field)
     new = {
         "model.n_head": 6,
         "model.n_kv_head": 1,
-        "model.position": "rope",
+        "model.position": "learned",
         "model.full_attention_every": None,
         "model.window": 7,
         "model.activation": "relu",
         "model.norm": "rmsnorm",
         "model.norm_position": "post",
         "model.logit_softcap": 3.0,
-        "model.n_embd": 12,
+        "model.n_embd": 24,
         "model.block_size": 512,
         "data.total_batch_tokens": 1024,
         "optim.optimizer": "muon",
         "optim.schedule": "wsd",
+        "optim.muon_qkv": "together",
+        "optim.newton_schulz_coefficients": (2.0, -1.5, 0.5),
+        "model.rope_fraction": 0.5,
+        "model.logit_softcap_form": "algebraic",
         "run.dtype": "fp32",
         "run.parallel": "fsdp",
         "run.on_nonfinite": "skip",
@@ -74,7 +81,7 @@ def test_the_lists_name_settings_that_exist() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_setting(name: str) -> None:
-    old, new = Config(), changed(name)
+    old, new = BASE, changed(name)
     assert old != new
     allowed = dataclasses.replace(new, run=dataclasses.replace(new.run, allow_config_change=True))
     where = Path("runs/x")

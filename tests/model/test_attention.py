@@ -128,7 +128,7 @@ def test_cudnn_comes_first_on_hopper_and_blackwell_data_center_chips(
 ) -> None:
     chosen: list[list[SDPBackend]] = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention, "sdpa_kernel", lambda order, set_priority: chosen.append(order))
+    monkeypatch.setattr("gpt2.model.attention_kernels.sdpa_kernel", lambda order, set_priority: chosen.append(order))
     training_backends(torch.device("cuda"))
     assert chosen[0][0].name == f"{first}_ATTENTION"
     assert SDPBackend.MATH in chosen[0]  # something that computes every shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ EXPRESSIBLE: dict[str, dict[str, Any]] = {
     "untied": {"tie_embeddings": False},
     "no bias": {"bias": False},
     "dropout": {"dropout": 0.1},
+    "epsilon": {"norm_eps": 0.2},
+    "own init": {"init_embedding_std": 0.3, "init_fan_in_variance": 1.0},
     "zero init": {"zero_init_projections": True},
     "wide window": {"window": 16},
     "all heads": {"n_kv_head": 4},
@@ -168,11 +171,33 @@ def test_every_field_of_the_model_survives_config_json() -> None:
         n_layer=4, n_head=6, n_embd=48, block_size=32, vocab_size=99, n_kv_head=3, position="rope", rope_theta=77.0,
         window=5, full_attention_every=2, activation="swiglu", norm="rmsnorm", norm_position="post", qk_norm=True,
         final_norm=True, bias=False, dropout=0.25, tie_embeddings=False, logit_softcap=9.0, zero_init_projections=True,
+        rope_fraction=0.5, rope_clockwise=True, attention_scale=0.2, norm_eps=None, embedding_norm=True,
+        head_bias=True, logit_softcap_form="algebraic", softmax_over_padding=True, init_embedding_std=0.1,
+        init_head_std=0.3, init_fan_in_variance=0.5, bf16_embedding=True,
     )  # fmt: skip
     default = GPTConfig()
     assert [f for f in odd.__dataclass_fields__ if getattr(odd, f) == getattr(default, f)] == []  # none forgotten
     assert config_from_hf(json.loads(json.dumps(config_to_hf(odd, None)))) == odd
     assert config_from_hf(json.loads(json.dumps(config_to_hf(default, None)))) == default
+
+
+def test_a_field_of_a_researchers_own_fails_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A field that nothing here knows of is stored where it is not at its default, and is not for transformers."""
+
+    @dataclass(frozen=True)
+    class Config(GPTConfig):
+        attn_sharpness: float = 1.0
+
+    monkeypatch.setattr("gpt2.model.hf_format.GPTConfig", Config)
+    assert not_in_transformers(Config(**TINY)) == []
+    sharp = Config(**TINY, attn_sharpness=2.0)
+    assert not_in_transformers(sharp) == ["attn_sharpness=2.0"]
+    raw = json.loads(json.dumps(config_to_hf(sharp, None)))
+    assert raw["model_type"] == "repro_gpt2"
+    assert config_from_hf(raw) == sharp
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="attn_sharpness, unknown to this version"):
+        config_from_hf(raw)
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu", "gelu_pytorch_tanh", "gelu_fast", "relu2"])
@@ -377,7 +402,6 @@ def test_a_model_on_the_hub_opens_by_name(tmp_path: Path, monkeypatch: pytest.Mo
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),
         ({"add_cross_attention": True}, "add_cross_attention"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
         ({"activation_function": "silu"}, "activation_function to 'silu'"),
         ({"n_inner": 100}, "n_inner"),
         ({"n_head": 5}, "n_embd 32 is not divisible by n_head 5"),
