@@ -136,11 +136,12 @@ def step_unless(optimizers: Sequence[torch.optim.Optimizer], veto: Tensor) -> No
     Muon and a fused AdamW take the decision on the device, as under a gradient scaler, so the host does not wait for
     it; an AdamW that is not fused makes the host read it first.
     """
-    on_device = all(isinstance(optimizer, Muon) or optimizer.defaults.get("fused") for optimizer in optimizers)
-    if not on_device and veto.item():
+    on_device = [isinstance(optimizer, Muon) or optimizer.defaults.get("fused") for optimizer in optimizers]
+    if not all(on_device) and veto.item():
         return
-    for optimizer in optimizers:
-        optimizer.found_inf = veto  # type: ignore[attr-defined]
+    for optimizer, decides in zip(optimizers, on_device, strict=True):
+        if decides:
+            optimizer.found_inf = veto  # type: ignore[attr-defined]
         optimizer.step()
 
 

@@ -70,7 +70,7 @@ NAMES = [
     f"{part.name}.{field.name}"
     for part in dataclasses.fields(Config)
     for field in dataclasses.fields(getattr(Config(), part.name))
-    if field.name != "full_attention_every"  # only valid with a window
+    if field.name not in ("full_attention_every", "final_norm")  # only valid with a window, behind post-norm blocks
 ]
 
 
