@@ -3,6 +3,7 @@
     python train_gpt2.py                                           # GPT-2 124M on this machine's one device
     torchrun --standalone --nproc_per_node=8 train_gpt2.py         # the same run on eight GPUs
     python train_gpt2.py quickstart --max-steps 50                 # a preset, and any setting as a flag
+    python train_gpt2.py gpt2-xl --plan --on 8xH100 --price 2.5    # what it takes: memory, hours, money
 
 `--help` lists the presets and settings. The run's directory receives its configuration, metrics, samples and
 checkpoints; the same command resumes a run that was stopped. Exit codes: 0 finished, or stopped by a signal and ready
@@ -34,6 +35,7 @@ from gpt2.precision import autocast
 from gpt2.presets import parse_args
 from gpt2.train.divergence import PendingStep, digest
 from gpt2.train.ending import run_to_its_end
+from gpt2.train.forecast import print_plan
 from gpt2.train.guard import StepGuard
 from gpt2.train.optim import set_learning_rates, step_unless
 from gpt2.train.out_of_memory import record_allocations
@@ -177,6 +179,9 @@ def main() -> int:
     if config.run.plot_schedule is not None:
         plot_schedule(config.run.plot_schedule, config.run.max_steps, config.optim)
         print(f"drew the learning rate of {config.run.max_steps} steps in {config.run.plot_schedule}")
+        return 0
+    if config.run.plan:
+        print_plan(config)
         return 0
     enable_flight_recorder(config.run.run_dir / "hang")
     with world(config.run.device) as this:

@@ -344,6 +344,14 @@ class RunConfig:
     """Only draw the learning rate over the run's steps into this image."""
     profile: int = 0
     """Steps to trace with PyTorch's profiler, after the first few, into RUN/profile. 0: none."""
+    price: float | None = None
+    """Of one device for one hour, in any currency: the plan and the run's end give the cost."""
+    plan: bool = False
+    """Only print the plan, with the hours it takes: of this machine, or of one that --on names; data is not needed."""
+    on: str | None = None
+    """With --plan: the machine, such as 8xH100."""
+    mfu: float | None = None
+    """With --plan: part of the devices' peak that training is to reach; None: what llm.c reports."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -351,7 +359,9 @@ class RunConfig:
         require_range(self, "seed", 0, 2**63 - 1)
         require_range(self, "eval_every hellaswag_limit num_samples checkpoint_every checkpoint_minutes", 0)
         require_range(self, "keep_every profile", 0)
-        require_range(self, "spike_zscore", 0, open_=True)
+        require_range(self, "spike_zscore price mfu", 0, open_=True)
+        for name in ("on", "mfu"):
+            require(self.plan or getattr(self, name) is None, f"--{name} describes a machine to plan for; add --plan")
 
 
 @dataclass(frozen=True)

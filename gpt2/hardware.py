@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,36 @@ def memory_bytes(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def available_memory(root: Path = Path("/")) -> float | None:
+    """Bytes of the host's memory that this process may use: all there is, or the least that a control group allows.
+
+    A container's or a Slurm job's limit is below the machine's memory, and going past it ends the process without a
+    word. None where neither can be told.
+
+    Args:
+        root: directory that holds `proc` and `sys`.
+    """
+    limits: list[float] = []
+    with suppress(ValueError, OSError, AttributeError):
+        limits.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        groups = []
+    for line in groups:  # "0::/job/step" of version 2, "4:memory:/job/step" of version 1
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        group = mount / path.strip("/")
+        # In a container the path may be the host's and lead nowhere; the mount itself is then the container's group.
+        for directory in (group, *(parent for parent in group.parents if parent.is_relative_to(mount))):
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                with suppress(OSError, ValueError):  # no such file, or "max"
+                    limits.append(float((directory / name).read_text()))
+    return min((limit for limit in limits if limit > 0), default=None)
 
 
 def git_commit() -> str | None:

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from gpt2.hardware import device_name, environment, memory_bytes, multiplies_bf16, peak_flops
+from gpt2.hardware import available_memory, device_name, environment, memory_bytes, multiplies_bf16, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -93,3 +93,27 @@ def test_a_gpu_has_a_name_and_memory() -> None:
     assert held is not None
     assert held >= block.numel()
     assert "NVIDIA" in device_name(device)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {"memory.max": "max"}, None),
+        ("0::/job/step\n", {"job/memory.max": "1048576", "job/step/memory.max": "max"}, 2**20),  # the outer one counts
+        ("0::/job\n", {"memory.max": "4096", "job/memory.max": "1048576"}, 4096),
+        ("4:cpu:/a\n3:memory:/job\n", {"memory/job/memory.limit_in_bytes": "8192", "a/memory.max": "1"}, 8192),
+        ("1:memory:/host/path\n", {"memory/memory.limit_in_bytes": "8192"}, 8192),  # a container's own mount
+        ("3:memory:/job\n", {"memory/job/memory.limit_in_bytes": "9223372036854771712"}, None),  # none set
+    ],
+)
+def test_available_memory_heeds_control_groups(tmp_path, groups, files, expected):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    physical = available_memory(tmp_path / "nowhere")
+    assert physical is not None
+    assert physical > 2**28
+    assert available_memory(tmp_path) == (physical if expected is None else expected)

@@ -154,6 +154,22 @@ class Dataset:
         return gpt2_tokenizer()
 
 
+def makers_command(directory: Path) -> str:
+    """The command that makes a data set, which the name of its directory tells."""
+    name = directory.name
+    if match := re.fullmatch(r"(fineweb|fineweb_edu)_(10B|100B|350B)", name):
+        dataset = "" if match[1] == "fineweb_edu" else " --dataset fineweb"
+        command = f"data/fineweb.py{dataset}" + ("" if match[2] == "10B" else f" --size {match[2]}")
+    elif name in ("shakespeare", "shakespeare_char"):
+        command = "data/shakespeare.py" + (" --tokenizer char" if name.endswith("char") else "")
+    elif name == "pydocs":
+        command = "data/pydocs.py"
+    else:
+        return f"`python data/fineweb.py --source FILES --out {directory}`"
+    beside = "" if directory.parent.name == "data" else f" --out {directory}"
+    return f"`python {command}{beside}`"
+
+
 def open_dataset(directory: Path | str) -> Dataset:
     """Open a directory of shards for training, checking names, headers and sizes, not contents.
 
@@ -161,9 +177,13 @@ def open_dataset(directory: Path | str) -> Dataset:
         UserError: the directory is missing, empty, unfinished or damaged, or lacks a split.
     """
     directory = Path(directory)
+    if directory.is_file():
+        raise UserError(
+            f"--data {directory} is a file, not a directory of token shards; tokenize it first: `python "
+            f"data/fineweb.py --source {directory} --out {directory.with_suffix('')}_tokens`"
+        )
     if not directory.is_dir():
-        what = "is not a directory" if directory.exists() else "does not exist"
-        raise UserError(f"data directory {directory} {what}; make a data set with data/fineweb.py")
+        raise UserError(f"data directory {directory} does not exist; {makers_command(directory)} makes it")
     manifest = None
     if (directory / MANIFEST_NAME).exists():
         manifest = load_manifest(directory / MANIFEST_NAME)
@@ -231,7 +251,10 @@ def _foreign_paths(directory: Path) -> dict[str, list[Path]]:
         if match := re.search(r"(?:^|[_-])(train|val)(?=[._-])", path.name):
             splits[match[1]].append(path)
     if not any(splits.values()):
-        raise UserError(f"{directory} holds no shard (*_train_*.npy, *_val_*.bin, …); is it the right one?")
+        raise UserError(
+            f"{directory} holds no shard (*_train_*.npy, *_val_*.bin, …); if it holds text, tokenize it: `python "
+            f"data/fineweb.py --source '{directory}/*' --out {directory}_tokens`"
+        )
     if len({path.suffix for paths in splits.values() for path in paths}) > 1:
         raise UserError(f"{directory} mixes .npy and .bin shards; keep one data set a directory")
     return splits

@@ -60,7 +60,7 @@ def run_to_its_end(train: Callable[[Run, StopSignals], EndReason], config: Confi
             run.writer.wait()
             close(run, "error")
             if is_out_of_memory(error):
-                raise explain(error, run.config, run.plan.parameters, world, run.dtype) from None
+                raise explain(error, run.config, run.plan, world) from None
             raise
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from pathlib import Path
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from gpt2.config import Config
 from gpt2.distributed.world import World
 from gpt2.errors import UserError, first_line
-from gpt2.train.plan import device_memory, expected_memory
+from gpt2.train.memory import HEADROOM
+from gpt2.train.plan import Plan
 
 # Of MPS, of the CPU allocator on Linux and on Windows; CUDA has an exception of its own.
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
@@ -23,52 +24,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
-def fitting_micro_batch(
-    config: Config,
-    parameters: int,
-    world_size: int,
-    dtype: str,
-    device_type: str,
-    device_memory_bytes: float | None,
-) -> int | None:
+def smaller_micro_batch(config: Config, plan: Plan, world_size: int) -> int | None:
     """The largest smaller micro-batch that divides a process's part of the step and should fit; None if none does.
 
-    The estimate of `gpt2.train.plan` is first raised to what has just proved not to fit.
+    The plan's estimate is first raised to what has just proved not to fit. Where the device's memory is unknown, half
+    the micro-batch is as good a guess as any.
 
     Args:
-        config: the run that did not fit.
-        parameters: how many the model has.
-        world_size: processes of the run.
-        dtype: precision of matrix products, "bf16", "tf32" or "fp32".
-        device_type: such as "cuda".
-        device_memory_bytes: what the device has; None: unknown, and half the micro-batch is as good a guess as any.
+        config: of the run that did not fit.
+        plan: of that run.
+        world_size: its processes.
     """
-    size = config.data.micro_batch_size
+    size, has = config.data.micro_batch_size, plan.device_memory_bytes
     share = config.sequences_per_step // world_size
-    smaller = [b for b in range(size - 1, 0, -1) if share % b == 0]
-    if device_memory_bytes is None:
-        return next((b for b in smaller if 2 * b <= size), None)
-
-    def needed(micro_batch_size: int) -> float:
-        smaller = replace(config, data=replace(config.data, micro_batch_size=micro_batch_size))
-        return expected_memory(smaller, parameters, world_size, dtype, device_type)
-
-    scale = max(1.0, device_memory_bytes / needed(size))
-    return next((b for b in smaller if scale * needed(b) <= 0.95 * device_memory_bytes), None)
-
-
-def advice(micro_batch_size: int | None, config: Config) -> str:
-    """What to do about it, in the words of the command line.
-
-    Args:
-        micro_batch_size: one that should fit; None: none does.
-        config: the run that did not fit.
-    """
-    if micro_batch_size is not None:
-        return f"use --micro-batch-size {micro_batch_size}, which trains the same in more micro-steps"
-    if not config.run.activation_checkpointing:
-        return "use --activation-checkpointing, a smaller --block-size or a smaller model"
-    return "use a smaller --block-size, a smaller model, or --parallel fsdp over more processes"
+    if has is None:
+        return plan.memory.largest_micro_batch(share, math.inf, below=size // 2 + 1)
+    scale = max(1.0, has / plan.memory.bytes(size))
+    return plan.memory.largest_micro_batch(share, HEADROOM * has / scale, below=size)
 
 
 def record_allocations(device: torch.device, on: bool) -> None:
@@ -88,22 +60,21 @@ def write_snapshot(path: Path, device: torch.device) -> bool:
     return True
 
 
-def explain(error: BaseException, config: Config, parameters: int, world: World, dtype: str) -> UserError:
+def explain(error: BaseException, config: Config, plan: Plan, world: World) -> UserError:
     """What to do now that this process's memory is full; a picture of it goes to the run's directory.
 
     Args:
         error: one that `is_out_of_memory`.
-        config: the run that did not fit.
-        parameters: how many the model has.
+        config: of the run that did not fit.
+        plan: of that run.
         world: the run's processes.
-        dtype: precision of matrix products, "bf16", "tf32" or "fp32".
     """
-    device = world.device
-    fitting = fitting_micro_batch(config, parameters, world.size, dtype, device.type, device_memory(device))
+    fitting = smaller_micro_batch(config, plan, world.size)
     snapshot = config.run.run_dir / f"out_of_memory_rank{world.rank}.pickle"
-    picture = f"; {snapshot} shows what filled it (https://pytorch.org/memory_viz)"
+    written = write_snapshot(snapshot, world.device)
+    picture = f"; {snapshot} shows what filled it (https://pytorch.org/memory_viz)" if written else ""
     return UserError(
-        f"rank {world.rank} is out of memory on {device} with --micro-batch-size {config.data.micro_batch_size} "
-        f"({first_line(error)}); {advice(fitting, config)}" + (picture if write_snapshot(snapshot, device) else ""),
+        f"rank {world.rank} is out of memory on {world.device} with --micro-batch-size {config.data.micro_batch_size} "
+        f"({first_line(error)}); {plan.advice(fitting, config)}{picture}",
         alone=True,
     )

@@ -33,9 +33,10 @@ from gpt2.tokens.loader import Blocks
 from gpt2.tokens.tokenizer import Tokenizer
 from gpt2.train.evaluation import Evaluator
 from gpt2.train.guard import StepGuard
+from gpt2.train.memory import device_memory
 from gpt2.train.optim import describe_groups, load_state_tensors, make_optimizers
 from gpt2.train.out_of_memory import record_allocations
-from gpt2.train.plan import Plan, device_memory, make_plan
+from gpt2.train.plan import Plan, make_plan, measure_data
 from gpt2.train.run import Run
 
 
@@ -173,8 +174,9 @@ def plan_run(
         step_tokens=config.data.total_batch_tokens if config.data.drop_shard_tails else None,
     )
     val = blocks(dataset.val)
-    memory = device_memory(world.device)
-    plan = make_plan(config, dataset, train, val, world.size, dtype, world.device.type, memory)
+    sizes = measure_data(config, dataset, train, val)
+    plan = make_plan(config, sizes, world.size, dtype, world.device.type, device_memory(world.device))
+    plan.refuse_what_does_not_fit(config)
     prompt = prompt_tokens(tokenizer, config.run.sample_prompt) if config.run.num_samples else []
     if len(prompt) > config.model.block_size:
         raise UserError(f"sample_prompt has {len(prompt)} tokens; at most block_size {config.model.block_size} fit")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,16 @@ import torch
 
 from gpt2.config import Config, DataConfig, RunConfig
 from gpt2.errors import first_line
-from gpt2.train.out_of_memory import advice, fitting_micro_batch, is_out_of_memory, write_snapshot
-from gpt2.train.plan import expected_memory
+from gpt2.train.memory import memory_need
+from gpt2.train.out_of_memory import is_out_of_memory, smaller_micro_batch, write_snapshot
+from gpt2.train.plan import make_plan
 
 GIB = 2**30
-N = 124_000_000
 CONFIG = Config(data=DataConfig(micro_batch_size=64))
 
 
 def needed(size: int) -> float:
-    return expected_memory(replace(CONFIG, data=replace(CONFIG.data, micro_batch_size=size)), N, 1, "bf16", "cuda")
+    return memory_need(CONFIG, 1, "bf16", "cuda").bytes(size)
 
 
 def test_signs_of_it() -> None:
@@ -38,9 +37,13 @@ def test_what_it_says_in_one_line() -> None:
     assert first_line(MemoryError()) == "MemoryError"
 
 
+def fitting(config: Config, memory: float | None, processes: int = 1) -> int | None:
+    return smaller_micro_batch(config, make_plan(config, None, processes, "bf16", "cuda", memory), processes)
+
+
 def test_the_largest_that_fits_by_the_estimate() -> None:
     memory = needed(64) * 0.6
-    size = fitting_micro_batch(CONFIG, N, 1, "bf16", "cuda", memory)
+    size = fitting(CONFIG, memory)
     assert size is not None
     assert 512 % size == 0
     assert needed(size) <= 0.95 * memory < needed(2 * size)
@@ -48,28 +51,28 @@ def test_the_largest_that_fits_by_the_estimate() -> None:
 
 def test_an_estimate_that_was_too_low_is_raised() -> None:
     # It said that 64 fit into 1.5 times the memory; they did not, so what is needed is at least that.
-    size = fitting_micro_batch(CONFIG, N, 1, "bf16", "cuda", 1.5 * needed(64))
-    assert size == 32
+    assert fitting(CONFIG, 1.5 * needed(64)) == 32
 
 
 def test_it_divides_each_processs_part() -> None:
     config = Config(data=DataConfig(micro_batch_size=24, total_batch_tokens=48 * 1024))
-    assert fitting_micro_batch(config, N, 2, "bf16", "cuda", None) == 12
-    assert fitting_micro_batch(config, N, 2, "bf16", "cuda", 1e15) == 12
+    assert fitting(config, None, 2) == 12
+    assert fitting(config, 1e15, 2) == 12
     odd = Config(data=DataConfig(micro_batch_size=9, total_batch_tokens=9 * 1024))
-    assert fitting_micro_batch(odd, N, 1, "bf16", "cuda", None) == 3
+    assert fitting(odd, None) == 3
 
 
 def test_none_fits() -> None:
-    assert fitting_micro_batch(CONFIG, N, 1, "bf16", "cuda", 1 * GIB) is None
-    one = Config(data=DataConfig(micro_batch_size=1))
-    assert fitting_micro_batch(one, N, 1, "bf16", "cuda", 80 * GIB) is None
+    assert fitting(CONFIG, 1 * GIB) is None
+    assert fitting(Config(data=DataConfig(micro_batch_size=1)), 80 * GIB) is None
 
 
 def test_advice() -> None:
-    assert advice(4, CONFIG).startswith("use --micro-batch-size 4")
-    assert advice(None, CONFIG).startswith("use --activation-checkpointing")
-    assert "fsdp" in advice(None, Config(run=RunConfig(activation_checkpointing=True)))
+    plan = make_plan(CONFIG, None, 1, "bf16", "cuda", 8 * GIB)
+    assert plan.advice(4, CONFIG).startswith("use --micro-batch-size 4")
+    assert plan.advice(None, CONFIG).startswith("use --activation-checkpointing")
+    assert "fsdp" in plan.advice(None, Config(run=RunConfig(activation_checkpointing=True)))
+    assert "smaller model" in make_plan(CONFIG, None, 1, "bf16", "cuda", 1 * GIB).advice(None, CONFIG)
 
 
 def test_no_picture_of_a_cpu(tmp_path: Path) -> None:

@@ -2,14 +2,13 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 from gpt2.config import Config, DataConfig, GPTConfig, RunConfig
 from gpt2.errors import UserError
 from gpt2.prepare.small_dataset import write_dataset
 from gpt2.tokens.loader import Blocks
 from gpt2.tokens.tokenizer import CharTokenizer
-from gpt2.train.plan import device_memory, expected_memory, make_plan
+from gpt2.train.plan import make_plan, measure_data
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=4)
 
@@ -22,7 +21,9 @@ def dataset(tmp_path):
 
 def plan_of(dataset, config, world_size=1, memory=None):
     train, val = (Blocks(s, config.model.block_size, config.model.vocab_size) for s in (dataset.train, dataset.val))
-    return make_plan(config, dataset, train, val, world_size, "fp32", "cpu", memory)
+    plan = make_plan(config, measure_data(config, dataset, train, val), world_size, "fp32", "cpu", memory)
+    plan.refuse_what_does_not_fit(config)
+    return plan
 
 
 def config_of(model=MODEL, micro_batch_size=2, total_batch_tokens=64, val_tokens=1000, **run):
@@ -34,11 +35,11 @@ def test_every_derived_number(dataset):
     plan = plan_of(dataset, config_of(), world_size=2)
     assert plan.parameters == 4 * 16 + 8 * 16 + 2 * (12 * 16**2 + 13 * 16) + 2 * 16
     assert plan.grad_accum_steps == 2  # 64 tokens = 2 processes × 2 sequences × 8 tokens × 2
-    assert (plan.blocks_per_epoch, plan.leftover_tokens) == (37, 3)  # 299 = 37 · 8 + 3
+    assert (plan.sizes.blocks_per_epoch, plan.sizes.leftover_tokens) == (37, 3)  # 299 = 37 · 8 + 3
     assert plan.total_tokens == 640
     assert plan.epochs == pytest.approx(640 / (37 * 8))
-    assert plan.val_tokens == 96  # the split's 99 targets, in whole blocks
-    assert plan_of(dataset, config_of(val_tokens=20)).val_tokens == 16
+    assert plan.sizes.val_tokens == 96  # the split's 99 targets, in whole blocks
+    assert plan_of(dataset, config_of(val_tokens=20)).sizes.val_tokens == 16
 
 
 def test_the_plan_is_told(dataset):
@@ -73,28 +74,36 @@ def test_another_vocabulary_is_refused(dataset):
         plan_of(dataset, config_of(model=model))
 
 
-def test_a_state_larger_than_the_device_is_refused(dataset):
-    state = 16 * plan_of(dataset, config_of()).parameters
-    plan_of(dataset, config_of(), memory=state)
-    with pytest.raises(UserError, match="--parallel fsdp"):
-        plan_of(dataset, config_of(), world_size=2, memory=state - 1)
-    plan_of(dataset, config_of(parallel="fsdp"), world_size=2, memory=state - 1)
+def test_what_cannot_fit_is_refused_with_what_does(dataset):
+    many = config_of(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=8, vocab_size=4), 512, 4096)
+    plan = plan_of(dataset, many)
+    enough = plan.memory.bytes(512)
+    assert "may not suffice" not in "\n".join(plan_of(dataset, many, memory=1.1 * enough).lines(many, 1, "CPU", "fp32"))
+    assert "may not suffice" in "\n".join(plan_of(dataset, many, memory=0.9 * enough).lines(many, 1, "CPU", "fp32"))
+    with pytest.raises(UserError, match="use a smaller model"):
+        plan_of(dataset, many, memory=0.5 * enough)  # most of it is the process itself
 
 
-def test_expected_memory_moves_as_it_should():
-    big = GPTConfig()
-    base = expected_memory(Config(model=big), 124_439_808, 1, "bf16", "cuda")
-    assert base > 18 * 124_439_808
-    less = [
-        Config(model=big, data=DataConfig(micro_batch_size=32)),
-        Config(model=big, run=RunConfig(activation_checkpointing=True)),
-    ]
-    for config in less:
-        assert expected_memory(config, 124_439_808, 1, "bf16", "cuda") < base
-    assert expected_memory(Config(run=RunConfig(parallel="fsdp")), 124_439_808, 8, "bf16", "cuda") < base
+def test_the_micro_batch_that_is_advised_fits():
+    config = Config(data=DataConfig(micro_batch_size=64))
+    plan = make_plan(config, None, 1, "bf16", "cuda", 10 * 2**30)
+    with pytest.raises(UserError, match="--micro-batch-size 16,") as error:
+        plan.refuse_what_does_not_fit(config)
+    assert "about 17" in str(error.value)
+    assert plan.memory.bytes(16) <= 0.95 * 10 * 2**30 < plan.memory.bytes(32)
 
 
-def test_device_memory_of_the_host():
-    memory = device_memory(torch.device("cpu"))
-    assert memory is not None
-    assert memory > 2**28
+def test_epochs_by_the_thousand_are_warned_of(dataset):
+    config = config_of(max_steps=10_000)
+    lines = plan_of(dataset, config).lines(config, 1, "CPU", "fp32")
+    assert any(line.startswith("warning: each token is read 2,162 times") for line in lines)
+    steps = int(re.search(r"--max-steps (\d+)", lines[-1])[1])
+    assert plan_of(dataset, config_of(max_steps=steps)).epochs == pytest.approx(40, rel=0.01)
+    assert not plan_of(dataset, config_of(max_steps=steps)).warnings(0)
+
+
+def test_a_plan_without_data():
+    config = config_of()
+    plan = make_plan(config, None, 1, "fp32", "cpu", None)
+    assert "python data/fineweb.py` makes it" in "\n".join(plan.lines(config, 1, "CPU", "fp32"))
+    assert plan.epochs is None
