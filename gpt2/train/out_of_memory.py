@@ -27,8 +27,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def smaller_micro_batch(config: Config, plan: Plan, world_size: int) -> int | None:
     """The largest smaller micro-batch that divides a process's part of the step and should fit; None if none does.
 
-    The plan's estimate is first raised to what has just proved not to fit. Where the device's memory is unknown, half
-    the micro-batch is as good a guess as any.
+    What the plan's estimate is short of what has just proved not to fit counts as the micro-batch's. Where the
+    device's memory is unknown, half the micro-batch is as good a guess as any.
 
     Args:
         config: of the run that did not fit.
@@ -39,8 +39,9 @@ def smaller_micro_batch(config: Config, plan: Plan, world_size: int) -> int | No
     share = config.sequences_per_step // world_size
     if has is None:
         return plan.memory.largest_micro_batch(share, math.inf, below=size // 2 + 1)
-    scale = max(1.0, has / plan.memory.bytes(size))
-    return plan.memory.largest_micro_batch(share, HEADROOM * has / scale, below=size)
+    missed = max(has - plan.memory.bytes(size), 0.0) / size
+    smaller = (b for b in range(size - 1, 0, -1) if share % b == 0)
+    return next((b for b in smaller if plan.memory.bytes(b) + missed * b <= HEADROOM * has), None)
 
 
 def record_allocations(device: torch.device, on: bool) -> None:

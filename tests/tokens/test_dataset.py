@@ -225,7 +225,7 @@ def test_wrong_directories_are_told_in_one_line(tmp_path):
 
     assert "does not exist" in message(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    assert "is not a directory" in message(tmp_path / "file")
+    assert "data/fineweb.py --source" in message(tmp_path / "file")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "holds no shard" in message(empty)
@@ -312,3 +312,21 @@ def test_a_hundred_large_shards_open_at_once(tmp_path):
     assert time.perf_counter() - start < 1.0
     assert len(dataset.train) == 9_900_000_000
     assert dataset.train.read(9_899_999_999, 9_900_000_000).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("directory", "command"),
+    [
+        ("data/fineweb_edu_10B", "`python data/fineweb.py`"),
+        ("data/fineweb_100B", "`python data/fineweb.py --dataset fineweb --size 100B`"),
+        ("data/pydocs", "`python data/pydocs.py`"),
+        ("data/shakespeare_char", "`python data/shakespeare.py --tokenizer char`"),
+        ("big/shakespeare", "`python data/shakespeare.py --out big/shakespeare`"),
+        ("mine", "`python data/fineweb.py --source FILES --out mine`"),
+    ],
+)
+def test_a_missing_data_set_names_the_command_that_makes_it(tmp_path, monkeypatch, directory, command):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{directory} does not exist; ") as error:
+        open_dataset(directory)
+    assert command in str(error.value)
