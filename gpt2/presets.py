@@ -231,14 +231,6 @@ def parse_args(argv: Sequence[str]) -> Config:
         "--config RUN/config.json in its place goes on with a run, or repeats it in another --run. Each setting "
         "below is a flag; the defaults shown are the preset's."
     )
-    if any(word.split("=")[0] == "--init-from" for word in words):
-        shape = {f"--{f.name}".replace("_", "-") for f in fields(GPTConfig)} - {"--block-size", "--dropout"}
-        given = {word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in words if word.startswith("--")}
-        if shape & given:
-            raise UserError(
-                f"--init-from brings the model's shape, which {', '.join(sorted(shape & given))} cannot change; leave "
-                "it out, or leave out --init-from"
-            )
     # From rank 0 only: torchrun's other processes would say the same of the same words.
     quiet = os.environ.get("RANK", "0") != "0"
     config: Config = tyro.cli(
@@ -250,4 +242,11 @@ def parse_args(argv: Sequence[str]) -> Config:
         console_outputs=not quiet,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+    if config.run.init_from is not None:
+        shape = {f"--{f.name}".replace("_", "-") for f in fields(GPTConfig)} - {"--block-size", "--dropout"}
+        given = {word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in words if word.startswith("--")}
+        if odd := ", ".join(sorted(shape & given)):
+            raise UserError(
+                f"--init-from {config.run.init_from} brings the model's shape, which {odd} cannot change; leave one out"
+            )
     return config

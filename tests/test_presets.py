@@ -131,7 +131,8 @@ def test_a_bad_setting_ends_the_program_in_one_line():
 
 @pytest.mark.parametrize("flag", ["--n-layer 4", "--position=rope", "--n_head 2", "--no-bias", "--vocab-size 65"])
 def test_init_from_refuses_a_shape_of_its_own(flag):
-    with pytest.raises(UserError, match=r"cannot change; leave it out") as error:
+    with pytest.raises(UserError, match=r"cannot change; leave one") as error:
         parse_args(["debug", "--init-from", "gpt2", *flag.split()])
     assert flag.split()[0].split("=")[0].replace("_", "-").replace("--no-", "--") in str(error.value)
     assert parse_args(["debug", "--init-from=gpt2", "--block-size", "32", "--dropout", "0.1"]).model.block_size == 32
+    assert parse_args(["debug", "--init-from", "None", *flag.split()]).run.init_from is None
