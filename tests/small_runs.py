@@ -70,7 +70,7 @@ def flags(config: Config) -> list[str]:
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                words += [f"--{flag}", str(value)]
+                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     return words
 
 
