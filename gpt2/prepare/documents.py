@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from gpt2.errors import UserError, first_line
 
 SLICE_BYTES = 1 << 22  # of JSON lines and plain text: about a million tokens
+_TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 _BATCH_ROWS = 1000  # rows of a parquet file that are text in memory at one time
 
 
@@ -35,12 +37,27 @@ class Document(NamedTuple):
     replaced: bool = False
 
 
-def count_units(path: Path, kind: str) -> int:
+class Contents(NamedTuple):
+    """What an uncompressed file holds.
+
+    Attributes:
+        units: pieces that workers read one by one.
+        documents: of each unit, null and empty ones included, where the file's own index says so; None elsewhere.
+    """
+
+    units: int
+    documents: tuple[int, ...] | None = None
+
+
+def count_units(path: Path, kind: str) -> Contents:
     """Units of an uncompressed file. UserError for a parquet file that is damaged or has no text."""
     if kind == "parquet":
-        groups: int = _open_parquet(path).metadata.num_row_groups
-        return groups
-    return max(1, -(-path.stat().st_size // SLICE_BYTES))
+        index = _open_parquet(path).metadata
+        rows = tuple(index.row_group(group).num_rows for group in range(index.num_row_groups))
+        if sum(rows) != index.num_rows:
+            raise UserError(f"{path}: its row groups hold {sum(rows):,} rows, its index says {index.num_rows:,}")
+        return Contents(len(rows), rows)
+    return Contents(max(1, -(-path.stat().st_size // SLICE_BYTES)))
 
 
 def count_documents(path: Path, kind: str) -> int:
@@ -61,30 +78,39 @@ def read_unit(path: Path, kind: str, unit: int) -> Iterator[Document]:
     return _read_lines(path, unit) if kind == "jsonl" else _read_text(path, unit)
 
 
-_open_file: tuple[str, Any] | None = None  # the parquet file this process read last
+_opened = threading.local()
+"""The parquet file that each thread read last: an open file is never shared, for threads fetch files ahead."""
 
 
 def _open_parquet(path: Path) -> Any:
-    """An open parquet file, kept until another is asked for: its index may take long to parse."""
-    global _open_file
-    if _open_file is None or _open_file[0] != str(path):
-        import pyarrow
-        import pyarrow.parquet
+    """An open parquet file, kept until its thread asks for another: its index may take long to parse."""
+    if getattr(_opened, "path", None) != path:
+        _opened.path = None
+        _opened.file = _check_parquet(path)
+        _opened.path = path
+    return _opened.file
 
-        try:
-            file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
-        names = file.schema_arrow.names
-        if "text" not in names:
-            raise UserError(f"{path}: no column 'text', only {', '.join(names)}")
-        kind = file.schema_arrow.field("text").type
-        if pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise UserError(f"{path}: column 'text' is of type {kind}, not string")
-        _open_file = (str(path), file)
-    return _open_file[1]
+
+def _check_parquet(path: Path) -> Any:
+    """Open a parquet file. UserError where it is damaged or has not one column of texts."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
+    names = file.schema_arrow.names
+    if "text" not in names:
+        raise UserError(f"{path}: no column 'text', only {', '.join(names)}")
+    if names.count("text") > 1:
+        raise UserError(f"{path}: {names.count('text')} columns are named 'text'; rename all but one")
+    kind = file.schema_arrow.field("text").type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    if str(kind) not in _TEXT_TYPES:
+        raise UserError(f"{path}: column 'text' is of type {kind}, not string")
+    return file
 
 
 def parquet_text_bytes(path: Path) -> int:
@@ -108,11 +134,11 @@ def _read_row_group(path: Path, unit: int) -> Iterator[Document]:
             return
         column = batch.column(0)
         try:
-            for text in column.to_pylist():
-                yield Document(text or "")
+            texts = column.to_pylist()
         except UnicodeDecodeError:
-            for data in column.cast(pyarrow.binary()).to_pylist():
-                yield _decode(data or b"")
+            texts = column.cast(pyarrow.binary()).to_pylist()
+        for text in texts:
+            yield _decode(text) if isinstance(text, bytes) else Document(text or "")
 
 
 def _read_lines(path: Path, unit: int) -> Iterator[Document]:

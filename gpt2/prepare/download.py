@@ -27,7 +27,7 @@ from typing import Any
 
 from gpt2.errors import UserError
 from gpt2.files import sha256_file
-from gpt2.prepare.documents import count_units
+from gpt2.prepare.documents import Contents, count_units
 from gpt2.prepare.sources import Source, SourceFile, decompress, kind_of, local_source
 
 _ATTEMPTS = 6
@@ -135,7 +135,7 @@ class Fetcher:
         self._scratch = scratch
         self._keep = keep
         self._ahead = ahead
-        self._fetched: dict[int, Future[tuple[Path, int]]] = {}
+        self._fetched: dict[int, Future[tuple[Path, Contents]]] = {}
 
     def __enter__(self) -> Fetcher:
         return self
@@ -153,7 +153,7 @@ class Fetcher:
         """Begin to fetch the first few files of `indices` that are not under way."""
         for index in itertools.islice(indices, self._ahead):
             if index not in self._fetched:
-                future: Future[tuple[Path, int]] = Future()
+                future: Future[tuple[Path, Contents]] = Future()
                 self._fetched[index] = future
                 # A daemon, not a pool's thread: the program must be able to end in the middle of a download.
                 threading.Thread(target=self._fulfil, args=(future, index), daemon=True).start()
@@ -162,8 +162,8 @@ class Fetcher:
         """Whether `get` would return at once."""
         return index in self._fetched and self._fetched[index].done()
 
-    def get(self, index: int) -> tuple[Path, int]:
-        """An uncompressed local file with the content of file `index`, and its number of units."""
+    def get(self, index: int) -> tuple[Path, Contents]:
+        """An uncompressed local file with the content of file `index`, and its units."""
         self.start([index])
         return self._fetched[index].result()
 
@@ -175,13 +175,13 @@ class Fetcher:
             if path != self._source.files[index].path and not self._keep:
                 path.unlink(missing_ok=True)
 
-    def _fulfil(self, future: Future[tuple[Path, int]], index: int) -> None:
+    def _fulfil(self, future: Future[tuple[Path, Contents]], index: int) -> None:
         try:
             future.set_result(self._fetch(index))
         except BaseException as error:
             future.set_exception(error)
 
-    def _fetch(self, index: int) -> tuple[Path, int]:
+    def _fetch(self, index: int) -> tuple[Path, Contents]:
         file = self._source.files[index]
         path = file.path or self._download(file)
         if file.compression:

@@ -47,6 +47,7 @@ class Unit(NamedTuple):
     kind: str
     last: bool  # of its file
     done: float  # fraction of the part's source that ends with it
+    documents: int | None  # in it, as its file's own index counts them; None where there is no index
 
 
 def files_of_part(source: Source, part: Part) -> list[int]:
@@ -92,11 +93,12 @@ class Units:
         while not self._ready and self._files:
             number = self._files[0]
             try:
-                path, count = self._fetcher.get(number)
+                path, contents = self._fetcher.get(number)
             except UserError as error:
                 raise FileProblem(number, str(error)) from error
             self._files.popleft()
             self._fetcher.start(self._files)
+            count = contents.units
             units = units_of_file(self._source, number, count, self._part)
             if number == self._start.file:
                 units = range(max(units.start, self._start.unit), max(units.stop, self._start.unit))
@@ -105,7 +107,9 @@ class Units:
                 skip = self._start.skip if (number, unit) == self._start[:2] else 0
                 done = (self._source.begins[number] + file.size * (unit + 1) / count) / max(self._source.begins[-1], 1)
                 done = min(max(done * self._part.of - (self._part.number - 1), 0.0), 1.0)
-                self._ready.append(Unit(Position(number, unit, skip), path, file.kind, unit == units.stop - 1, done))
+                documents = contents.documents[unit] if contents.documents is not None else None
+                place = Position(number, unit, skip)
+                self._ready.append(Unit(place, path, file.kind, unit == units.stop - 1, done, documents))
             if not units:
                 self._fetcher.release(number)
         return self._ready.popleft() if self._ready else None
@@ -180,7 +184,15 @@ def assemble_units(
     """Tokenize `units` into the assembler's shards; `report(unit, tokens so far)` is called after each."""
     with assembler:
         for unit, result in workers.run(units, tokenize_unit):
-            assembler.feed(UnitTokens(*result), unit.place)
+            tokens = UnitTokens(*result)
+            read = len(tokens.starts) + tokens.skipped
+            if unit.documents is not None and read != unit.documents:
+                raise FileProblem(
+                    unit.place.file,
+                    f"{unit.path}: row group {unit.place.unit} holds {unit.documents:,} rows by the file's index, and "
+                    f"{read:,} were read; it has changed meanwhile",
+                )
+            assembler.feed(tokens, unit.place)
             report(unit, assembler.total)
             if unit.last:
                 fetcher.release(unit.place.file)

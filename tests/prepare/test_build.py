@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from repository import SHARED_DATA
 
 from gpt2.errors import UserError
 from gpt2.prepare.build import prepare
+from gpt2.prepare.documents import Contents, count_units
 from gpt2.prepare.job import Request
 from gpt2.prepare.sources import Source, SourceFile, local_source
 from gpt2.prepare.workers import Part, files_of_part, units_of_file
@@ -327,9 +329,49 @@ def test_worker_that_dies_is_told_and_what_is_finished_stays(tmp_path, monkeypat
 def test_source_that_vanishes_is_told(tmp_path, monkeypatch):
     source = write_parquet(tmp_path / "source", documents(9))
     made = request(tmp_path / "out", source, val_tokens=10)
-    monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind: path.unlink() or 1)
+    monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind: path.unlink() or Contents(1))
     with pytest.raises(UserError, match=r"00\d\.parquet.*replace the file"):
         prepare(made, lambda line: None)
+
+
+def small_files(directory: Path, count: int) -> list[str]:
+    """Parquet files of 1 to 11 row groups of one document each: they are fetched while others are read."""
+    directory.mkdir()
+    texts = []
+    for number in range(count):
+        own = [f"{number} {row} text" for row in range(1 + number % 11)]
+        pq.write_table(pa.table({"text": own}), directory / f"{number:05d}.parquet", row_group_size=1)
+        texts += own
+    return texts
+
+
+@pytest.mark.parametrize("runs", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_no_document_is_lost_among_many_small_files(tmp_path, runs):
+    """Files that fetching threads open while this one reads others: each document is there, in order."""
+    texts = small_files(tmp_path / "source", 400 if runs > 1 else 120)
+    for number in range(runs):
+        out = tmp_path / f"out{number}"
+        manifest = prepare(request(out, tmp_path / "source", shard_tokens=10**6, val_tokens=50), lambda line: None)
+        assert manifest.statistics()["documents"] == len(texts)
+        dataset = open_dataset(out)
+        tokens = [*dataset.val.read(0, len(dataset.val)), *dataset.train.read(0, len(dataset.train))]
+        assert tokens == stream(texts)
+
+
+def test_threads_open_files_of_their_own(tmp_path):
+    """Eight threads ask for the units of files in turn: each is told those of the file it asked for."""
+    small_files(tmp_path / "source", 22)
+    paths = sorted((tmp_path / "source").iterdir()) * 20
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda path: count_units(path, "parquet").units, paths))
+    assert found == [1 + int(path.stem) % 11 for path in paths]
+
+
+def test_rows_read_are_held_against_the_files_own_count(tmp_path, monkeypatch):
+    source = write_parquet(tmp_path / "source", documents(9))
+    monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind: Contents(1, (4,)))
+    with pytest.raises(UserError, match=r"row group 0 holds 4 rows by the file's index, and 3 were read"):
+        prepare(request(tmp_path / "out", source, val_tokens=10), lambda line: None)
 
 
 def _die(path, kind, unit):

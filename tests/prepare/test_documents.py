@@ -18,7 +18,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 
 def all_units(path, kind):
-    return [document for unit in range(count_units(path, kind)) for document in read_unit(path, kind, unit)]
+    return [document for unit in range(count_units(path, kind).units) for document in read_unit(path, kind, unit)]
 
 
 def texts(path, kind):
@@ -34,7 +34,7 @@ def test_parquet_by_row_group_with_nulls(tmp_path):
     written = ["a", None, "", "d\n<|endoftext|>", "é😀", "f", "g"]
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"id": range(7), "text": written}), path, row_group_size=3)
-    assert count_units(path, "parquet") == 3
+    assert count_units(path, "parquet") == (3, (3, 3, 1))
     assert [[d.text for d in read_unit(path, "parquet", u)] for u in range(3)] == [
         ["a", "", ""],
         ["d\n<|endoftext|>", "é😀", "f"],
@@ -43,7 +43,18 @@ def test_parquet_by_row_group_with_nulls(tmp_path):
     assert count_documents(path, "parquet") == 7
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+    ids=str,
+)
 def test_parquet_string_types(tmp_path, kind):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": pa.array(["a", "b", "a"]).cast(kind)}), path)

@@ -295,7 +295,7 @@ def test_fetched_ahead_and_removed_after_use(tmp_path):
             number = waiting.pop(0)
             path, units = fetcher.get(number)
             assert path.read_bytes() == b"text %d" % number
-            assert units == 1
+            assert units.units == 1
             assert len(list(scratch.glob("*.plain"))) <= 2
             fetcher.release(number)
             assert not path.exists()
