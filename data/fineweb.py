@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
@@ -26,13 +27,13 @@ _SHARD_NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb"}  # as build-n
 
 
 def count(text: str) -> int:
-    """A positive number of tokens, written plainly or as 100_000_000 or 100M."""
-    match = re.fullmatch(r"([\d_,]+)([kKMB]?)", text)
-    value = int(re.sub("[_,]", "", match[1]) or 0) if match else 0
-    value *= {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}[match[2]] if match else 1
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 100000000 or 100M")
-    return value
+    """A positive number of tokens, written plainly or as 100_000_000, 100M or 1.8B."""
+    match = re.fullmatch(r"([\d_,]+(?:\.\d+)?)([kKMB]?)", text)
+    unit = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}[match[2]] if match else 1
+    value = Fraction(re.sub("[_,]", "", match[1]) or 0) * unit if match else Fraction(0)
+    if value < 1 or value.denominator != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 100000000, 100M or 1.8B")
+    return int(value)
 
 
 def part(text: str) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2.errors import UserError, first_line
+from gpt2.tokens.fast_bpe import replace_surrogates
 
 SLICE_BYTES = 1 << 22  # of JSON lines and plain text: about a million tokens
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
@@ -170,7 +171,11 @@ def _parse_line(path: Path, position: int, line: bytes) -> Document:
         raise UserError(
             f"{path}: 'text' of the line at byte {position:,} is of type {type(text).__name__}, not a string"
         )
-    return Document(text or "", replaced=decoded.replaced)
+    text, replaced = text or "", decoded.replaced
+    if "\\u" in decoded.text and not text.isascii():  # only an escape can spell half of a character
+        whole = replace_surrogates(text)
+        text, replaced = whole, replaced or whole != text
+    return Document(text, replaced=replaced)
 
 
 def _read_text(path: Path, unit: int) -> Iterator[Document]:

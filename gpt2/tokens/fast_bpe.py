@@ -10,13 +10,14 @@ tiktoken cuts at, and goes from the ids afterwards.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
 # What GPT-2's expression comes to where no run of white space needs cutting, and nothing is tried twice.
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
-_MARK = "\ufdd0"  # Unicode keeps it free for use within programs
+_MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # Unicode keeps them free for use within programs
 _MARK_ID = 2**16
 # Unicode's White_Space, which the expression's \s means; str.isspace() knows four more.
 _WHITE_SPACE = [*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F]
@@ -55,40 +56,51 @@ HARD_CASES = (
 )
 
 
+def replace_surrogates(text: str) -> str:
+    """`text` with U+FFFD for each lone surrogate, which UTF-8 cannot hold; two that make a character are joined."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class FastEncoder:
     """Token ids of a text as a 1-D uint16 array, or uint32.
 
     Args:
         ranks: token → id, of GPT-2.
-        slow: gives the ids for the rare text that holds the mark or a lone surrogate.
+        slow: gives the ids of a text that holds all 32 characters that may serve as a mark.
     """
 
     def __init__(self, ranks: dict[bytes, int], slow: Callable[[str], np.ndarray]) -> None:
         import tiktoken
 
         self._slow = slow
-        self._encoding = tiktoken.Encoding(
-            name="gpt2_without_look_ahead", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={_MARK: _MARK_ID}
+        self._encoding_of = functools.cache(
+            lambda mark: tiktoken.Encoding(
+                name="gpt2_without_look_ahead",
+                pat_str=_PATTERN,
+                mergeable_ranks=ranks,
+                special_tokens={mark: _MARK_ID},
+            )
         )
         self._is_white_space = np.zeros(2**16, np.bool_)
         self._is_white_space[_WHITE_SPACE] = True
 
     def __call__(self, text: str) -> np.ndarray:
         """Ids of `text`; a literal `<|endoftext|>` in it is ordinary text."""
-        if _MARK in text:
+        mark = next((mark for mark in _MARKS if mark not in text), None)
+        if mark is None:
             return self._slow(text)
         try:
-            ids = self._encoding.encode_to_numpy(self.mark(text), allowed_special="all")
-        except UnicodeEncodeError:  # a lone surrogate
-            return self._slow(text)
+            ids = self._encoding_of(mark).encode_to_numpy(self.mark(text, mark), allowed_special="all")
+        except UnicodeEncodeError:
+            return self(replace_surrogates(text))
         return ids[ids != _MARK_ID].astype(np.uint16)
 
-    def mark(self, text: str) -> str:
-        """`text` with a mark wherever a run of white space has to be cut."""
+    def mark(self, text: str, mark: str = _MARKS[0]) -> str:
+        """`text` with `mark` wherever a run of white space has to be cut."""
         # No white space is beyond 16 bits, and no half of a character beyond them looks like white space.
         units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), np.uint16)
         white = self._is_white_space[units]
         cuts = np.flatnonzero(white[:-2] & white[1:-1] & ~white[2:]) + 1
         if cuts.size == 0:
             return text
-        return np.insert(units, cuts, ord(_MARK)).tobytes().decode("utf-16-le", "surrogatepass")
+        return np.insert(units, cuts, ord(mark)).tobytes().decode("utf-16-le", "surrogatepass")

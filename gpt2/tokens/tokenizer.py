@@ -21,7 +21,7 @@ import numpy as np
 
 from gpt2.errors import UserError
 from gpt2.files import write_whole
-from gpt2.tokens.fast_bpe import HARD_CASES, FastEncoder
+from gpt2.tokens.fast_bpe import HARD_CASES, FastEncoder, replace_surrogates
 
 _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _SHA256 = {
@@ -89,16 +89,22 @@ class GPT2Tokenizer:
 
         A lone surrogate, which UTF-8 cannot hold, is encoded as U+FFFD.
         """
-        tokens: list[int] = self._encoding.encode_ordinary(text)
+        tokens: list[int] = self.encode_array(text).tolist()
         return tokens
 
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, as uint32 and without the detour through Python integers."""
         try:
+            return self._encode_backtracking(text)
+        except ValueError:  # tiktoken's stack of places to return to is full, after a million spaces
+            return self.encode_fast(text).astype(np.uint32)
+
+    def _encode_backtracking(self, text: str) -> np.ndarray:
+        """By the expression of GPT-2 itself. ValueError for a run of white space that is too long for it."""
+        try:
             tokens: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            tokens = self._encoding.encode_to_numpy(text, disallowed_special=())
+            tokens = self._encoding.encode_to_numpy(replace_surrogates(text), disallowed_special=())
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -117,9 +123,9 @@ class GPT2Tokenizer:
     @functools.cached_property
     def encode_fast(self) -> Callable[[str], np.ndarray]:
         """Like `encode_array`, by a faster way where that gives the ids of `HARD_CASES`; as uint16 or uint32."""
-        fast = FastEncoder(self._ranks, self.encode_array)
-        exact = all(np.array_equal(fast(text), self.encode_array(text)) for text in HARD_CASES)
-        return fast if exact else self.encode_array
+        slow = self._encode_backtracking
+        fast = FastEncoder(self._ranks, slow)
+        return fast if all(np.array_equal(fast(text), slow(text)) for text in HARD_CASES) else slow
 
 
 class CharTokenizer:
@@ -150,7 +156,12 @@ class CharTokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, as a uint32 array."""
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        try:
+            data = text.encode("utf-32-le")
+        except UnicodeEncodeError:
+            text = replace_surrogates(text)
+            data = text.encode("utf-32-le")
+        points = np.frombuffer(data, "<u4")
         known = points < len(self._table)
         ids = self._table[np.where(known, points, 0)]
         ids[~known] = -1

@@ -175,3 +175,21 @@ def test_altered_description_is_refused():
         tokenizer_from_dict({"name": "llama3"})
     with pytest.raises(UserError, match="unknown tokenizer 'gpt2'"):
         tokenizer_from_dict({"name": "gpt2", "sha256": "0" * 64})
+
+
+@pytest.mark.parametrize("before", ["", "a", "\ufdd0", "\ud800", "\ufdd0\ufdd1"], ids=ascii)
+def test_a_long_run_of_spaces_is_encoded_whatever_is_beside_it(before):
+    """tiktoken's own way ends with "Max stack size exceeded"; the ids begin and end as a shorter run's do."""
+    tokenizer = gpt2_tokenizer()
+    long, short = before + " " * 10**6 + "b", before + " " * 1000 + "b"
+    for encode in (tokenizer.encode_fast, tokenizer.encode_array, tokenizer.encode):
+        ids = list(encode(long))
+        assert tokenizer.decode(ids) == long.replace("\ud800", "\ufffd")
+        few = list(encode(short))
+        assert ids[:4] == few[:4]
+        assert ids[-2:] == few[-2:]
+        assert few == tokenizer._encoding.encode_ordinary(short.replace("\ud800", "\ufffd"))
+
+
+def test_half_a_character_is_replaced_by_the_character_tokenizer_too():
+    assert CharTokenizer("a\ufffd").encode("a\ud800a") == [0, 1, 0]
