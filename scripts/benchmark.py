@@ -24,7 +24,7 @@ from gpt2.errors import UserError, run_cli
 from gpt2.hardware import environment
 
 BENCHMARKS = {
-    "train": "a training step: ours, the plain model, transformers",
+    "train": "a training step: ours, the plain model and transformers, eager and compiled; AdamW, Muon",
     "tokenize": "text to token shards",
     "hellaswag": "the evaluator",
     "loader": "start-up and tokens a second of the data loader",

@@ -1,14 +1,15 @@
 """Tokens a second of a training step: this project's against a plain model and transformers.
 
 Every side starts from the same weights, takes the same batch under the same autocast, clips and updates with the same
-fused AdamW; each runs in a process of its own, and they take turns, so that what else the machine does weighs on all.
+optimizer; each runs in a process of its own, and they take turns, so that what else the machine does weighs on all.
 Compilation and warm-up are not counted. If the losses of the first steps differ by more than rounding, nothing is
-reported: the sides would not compute the same thing.
+reported: the sides would not compute the same thing. With two optimizers each side runs once with each.
 
-  ours          the trainer's own step, as train_gpt2.py makes it
-  plain         the same network eager, with all logits at once and without this project's tricks
-  compiled      plain under torch.compile
-  transformers  GPT2LMHeadModel (its loss function: all logits in fp32)
+  ours                   the trainer's own step, as train_gpt2.py makes it
+  plain                  the same network eager, with all logits at once and without this project's tricks
+  plain-compiled         plain under torch.compile
+  transformers           GPT2LMHeadModel (its loss function: all logits in fp32), eager
+  transformers-compiled  the same under torch.compile
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ from gpt2.model.loss import plain_cross_entropy
 from gpt2.precision import autocast, resolve_dtype, set_matmul_precision
 from gpt2.train.optim import make_optimizers
 
-SIDES = ("ours", "plain", "compiled", "transformers")
+SIDES = ("ours", "plain", "plain-compiled", "transformers", "transformers-compiled")
 LEARNING_RATE = 1e-4
+MUON_LEARNING_RATE = 1e-3
 CHECKED_STEPS = 4
 PARTS = (
     ("attention", "aten::_scaled_dot_product"),
@@ -66,13 +68,47 @@ TOLERANCE = {"bf16": 2e-3, "tf32": 1e-3, "fp32": 1e-4}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     add_model_arguments(parser)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, help="[all; without compiled on a CPU]")
+    parser.add_argument("--sides", nargs="+", type=side_name, choices=SIDES, help="[all that can use the optimizer]")
+    parser.add_argument(
+        "--optimizer", nargs="+", choices=("adamw", "muon"), default=["adamw"], help="one, or both compared [adamw]"
+    )
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each side [5]")
     parser.add_argument("--steps", type=positive, help="steps a turn [1, on a GPU 10]")
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of one of our steps")
     parser.add_argument(
         "--first-step", action="store_true", help="also time our first step with an empty and a filled compile cache"
     )
+
+
+def side_name(text: str) -> str:
+    """A side as the command line names it; plain-compiled was compiled in earlier versions."""
+    return "plain-compiled" if text == "compiled" else text
+
+
+def choose_cells(sides: Sequence[str] | None, optimizers: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """What is measured: for each row of the table its side and optimizer.
+
+    Args:
+        sides: asked for; None: all.
+        optimizers: asked for.
+
+    Raises:
+        UserError: a side asked for can use none of them.
+    """
+    theirs = [side for side in sides or () if side.startswith("transformers")]
+    if theirs and "adamw" not in optimizers:
+        raise UserError(
+            f"side {theirs[0]} cannot use Muon: transformers' GPT-2 stores its matrices transposed, q, k and v in "
+            "columns; leave it out of --sides"
+        )
+    pairs = [
+        (side, optimizer)
+        for side in dict.fromkeys(sides or SIDES)
+        for optimizer in dict.fromkeys(optimizers)
+        if optimizer == "adamw" or not side.startswith("transformers")
+    ]
+    alone = len(set(optimizers)) == 1
+    return {side if alone else f"{side}, {optimizer}": (side, optimizer) for side, optimizer in pairs}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,15 +121,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = pick_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     on_gpu = device.type == "cuda"
-    sides = args.sides or [side for side in SIDES if on_gpu or side != "compiled"]
-    if "transformers" in sides and (odd := not_in_transformers(config.model)):
-        raise UserError(f"transformers has no model with {', '.join(odd)}; leave it out of --sides")
-    if "transformers" in sides:
+    cells = choose_cells(args.sides, args.optimizer)
+    if any(side.startswith("transformers") for side, _ in cells.values()):
+        if odd := not_in_transformers(config.model):
+            raise UserError(f"transformers has no model with {', '.join(odd)}; leave it out of --sides")
         require_package("transformers", "transformers")
+    sides = list(cells)
     steps = args.steps or (10 if on_gpu else 1)
     tokens = config.data.total_batch_tokens
 
-    workers = {side: Worker(Side, side, config, args.device, dtype) for side in sides}
+    configs = {name: replace(config, optim=replace(config.optim, optimizer=cells[name][1])) for name in sides}
+    workers = {name: Worker(Side, cells[name][0], configs[name], args.device, dtype) for name in sides}
     first = {}
     for side, worker in workers.items():
         first[side] = worker.call("steps", 1)
@@ -111,7 +149,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         side: first[side]["losses"] + worker.call("steps", CHECKED_STEPS - 1)["losses"]
         for side, worker in workers.items()
     }
-    compare_losses(losses, TOLERANCE[dtype])
+    for optimizer in args.optimizer:
+        compare_losses({name: losses[name] for name in sides if cells[name][1] == optimizer}, TOLERANCE[dtype])
     times: dict[str, list[float]] = {side: [] for side in sides}
     cpu_times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(args.rounds):
@@ -141,7 +180,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"\n{device_name(device)}, {dtype}, {tokens} tokens a step, {flops / 1e12:.2f} TFLOP a step")
     print(f"measured matrix product {product / 1e12:.3f} TFLOP/s: at most {tokens * product / flops:,.0f} tok/s")
     print(
-        f"{'':<14}{'ms a step':>11}{'(low-high)':>19}{'tok/s':>11}{'TFLOP/s':>9}{'of product':>12}{'MFU':>7}{'GiB':>7}"
+        f"{'':<23}{'ms a step':>11}{'(low-high)':>19}{'tok/s':>11}{'TFLOP/s':>9}{'of product':>12}{'MFU':>7}{'GiB':>7}"
     )
     for side, worker in workers.items():
         each = summary(times[side])
@@ -161,22 +200,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         spread = f"({each['low'] * 1e3:.0f}-{each['high'] * 1e3:.0f})"
         mfu = f"{entry['mfu']:.1%}" if entry["mfu"] is not None else "-"
         print(
-            f"{side:<14}{each['median'] * 1e3:>11.1f}{spread:>19}{rate:>11,.0f}{entry['flops'] / 1e12:>9.3f}"
+            f"{side:<23}{each['median'] * 1e3:>11.1f}{spread:>19}{rate:>11,.0f}{entry['flops'] / 1e12:>9.3f}"
             f"{entry['of_measured_product']:>12.1%}{mfu:>7}{(memory or 0) / 2**30:>7.2f}"
         )
-    if "ours" in sides:
+    ours = next((name for name in sides if cells[name][0] == "ours"), None)
+    if ours is not None:
         kinds = {"ratios": ("", times)}
         if device.type == "cpu" and torch.get_num_threads() == 1:
             # What a thread computed is counted apart from what it waited for others to leave the processor.
             kinds["cpu_time_ratios"] = (" in processor time", cpu_times)
         for kind, (name, measured) in kinds.items():
             for side in sides:
-                if side != "ours":
+                if side != ours:
                     # Within a round, so that what else the machine does meanwhile weighs on both sides.
-                    pairs = [theirs / ours for ours, theirs in zip(measured["ours"], measured[side], strict=True)]
+                    pairs = [theirs / own for own, theirs in zip(measured[ours], measured[side], strict=True)]
                     ratio = result.setdefault(kind, {})[side] = summary(pairs)
-                    print(f"ours is {ratio['median']:.2f} times {side}{name} ({ratio['low']:.2f}-{ratio['high']:.2f})")
-        result["breakdown"] = workers["ours"].call("breakdown", str(args.profile) if args.profile else None)
+                    print(
+                        f"{ours} is {ratio['median']:.2f} times {side}{name} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+                    )
+        result["breakdown"] = workers[ours].call("breakdown", str(args.profile) if args.profile else None)
         total = result["breakdown"]["total"]
         parts = ", ".join(
             f"{part} {value / total:.0%}" for part, value in result["breakdown"].items() if part != "total"
@@ -185,7 +227,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for worker in workers.values():
         worker.close()
     if args.first_step:
-        result["first_step"] = first_steps(config, args.device, dtype)
+        result["first_step"] = first_steps(next(iter(configs.values())), args.device, dtype)
     return result
 
 
@@ -201,7 +243,7 @@ def compare_losses(losses: dict[str, list[float]], tolerance: float) -> None:
     Raises:
         UserError: they do.
     """
-    reference, *others = losses
+    reference, *others = losses or [""]
     for side in others:
         for step, (one, other) in enumerate(zip(losses[reference], losses[side], strict=True)):
             if not abs(one - other) <= tolerance * abs(other):
@@ -242,8 +284,10 @@ class Side:
         tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(self.device)
         self.inputs, self.targets = tokens[:, :-1], tokens[:, 1:].contiguous()
         model = GPT(config.model).init_weights(0).to(self.device)
-        optim = replace(config.optim, optimizer="adamw", learning_rate=LEARNING_RATE)
-        config = replace(config, optim=optim)
+        # Learning rates at which rounding stays small; a preset's others would move tensors in great steps.
+        others = dict.fromkeys(("embedding_learning_rate", "head_learning_rate", "vector_learning_rate"))
+        rates = {"learning_rate": LEARNING_RATE, "muon_learning_rate": MUON_LEARNING_RATE, **others}
+        config = replace(config, optim=replace(config.optim, **rates))  # type: ignore[arg-type]
         self.step = self._ours(model, config) if side == "ours" else self._baseline(model, config, side)
 
     def steps(self, count: int, untimed: int = 0) -> dict[str, Any]:
@@ -286,11 +330,11 @@ class Side:
         if trace is not None:
             profiler.export_chrome_trace(trace)
         parts = dict.fromkeys(("attention", "head and loss", "optimizer"), 0.0)
-        for event in profiler.key_averages():
+        for event in profiler.events():
             if event.device_type != torch.autograd.DeviceType.CPU:
                 continue  # kernels, which the operations that launched them count too
             for part, prefix in PARTS:
-                if event.key.startswith(prefix):
+                if event.name.startswith(prefix) and not _in_optimizer(event):  # Muon has products of its own
                     parts[part] += (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
         return {"total": total, **parts, "other": total - sum(parts.values())}
 
@@ -304,7 +348,7 @@ class Side:
             keep_freed_memory()  # as gpt2.distributed.world.world does
         world = World(0, 0, 1, self.device)
         trained = parallelize(model, replace(config.run, compile=True), world, self.dtype, 1)
-        optimizers = make_optimizers(model, config.optim, self.device)
+        optimizers = make_optimizers(model, config.optim, self.device, self.dtype)
         guard = StepGuard(self.device, "stop")
 
         def step() -> Callable[[], float]:
@@ -326,7 +370,8 @@ class Side:
     def _baseline(self, model: GPT, config: Config, side: str) -> Step:
         tokens, vocab_size = config.data.total_batch_tokens, config.model.vocab_size
         network: torch.nn.Module = model
-        if side == "transformers":
+        theirs = side.startswith("transformers")
+        if theirs:
             import transformers
 
             network = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_to_hf(config.model, None)))
@@ -334,24 +379,34 @@ class Side:
             network.to(self.device)
 
         def loss() -> Tensor:
-            if side == "transformers":
+            if theirs:
                 logits = network(self.inputs).logits.float()  # as transformers' loss functions do
                 return F.cross_entropy(logits.flatten(0, 1), self.targets.flatten())
             hidden = model.hidden(self.inputs).flatten(0, 1)
             total = plain_cross_entropy(hidden, model.lm_head.weight, self.targets.flatten(), vocab_size, model.softcap)
             return total / tokens
 
-        forward = torch.compile(loss) if side == "compiled" else loss
-        optimizers = make_optimizers(network, config.optim, self.device)
+        forward = torch.compile(loss) if side.endswith("compiled") else loss
+        optimizers = make_optimizers(network, config.optim, self.device, self.dtype)
 
         def step() -> Callable[[], float]:
             with autocast(self.device, self.dtype):
                 value = forward()
             value.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), config.optim.grad_clip)
+            if config.optim.grad_clip > 0:
+                torch.nn.utils.clip_grad_norm_(network.parameters(), config.optim.grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             return value.detach().item
 
         return step
+
+
+def _in_optimizer(event: Any) -> bool:
+    parent = event.cpu_parent
+    while parent is not None:
+        if parent.name.startswith("Optimizer.step#"):
+            return True
+        parent = parent.cpu_parent
+    return False
