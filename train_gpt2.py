@@ -43,6 +43,7 @@ from gpt2.train.profile import profiled
 from gpt2.train.run import Run
 from gpt2.train.saving import minutes_are_up, save
 from gpt2.train.schedule import lr_factor, plot_schedule
+from gpt2.train.setup import what_must_agree
 from gpt2.train.step import Flags, MicroBatches, PendingNumbers, reads_late, seed_step, share_numbers
 
 
@@ -184,7 +185,7 @@ def main() -> int:
         print_plan(config)
         return 0
     enable_flight_recorder(config.run.run_dir / "hang")
-    with world(config.run.device) as this:
+    with world(config.run.device, partial(what_must_agree, config)) as this:
         return run_to_its_end(train, config, this)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,9 @@ FIXED = {"data.shuffle", "run.seed", "optim.optimizer", "optim.normuon"}
 """Settings that can't change within a run, as the model's can't: the order of the data would repeat and leave out
 tokens, the optimizer's state would not fit. Everything else (the machine, the log, where the data is) changes freely:
 which data it is, their fingerprint tells."""
+
+LEFT_BY_ANY_RANK = (".", "hang", "out_of_memory_rank")
+"""Beginnings of the names of what any process may leave in its machine's run directory, without rank 0's run there."""
 
 
 def check_config_change(old: Config, new: Config, where: Path) -> None:
@@ -134,13 +137,16 @@ def load_weights(origin: Origin) -> dict[str, Tensor]:
     return state
 
 
-def find_start(config: Config, fingerprint: str, say: Callable[[str], None]) -> Path | None:
+def find_start(
+    config: Config, fingerprint: str, say: Callable[[str], None], started_on: str | None = None
+) -> Path | None:
     """The checkpoint a run goes on from, None to start at step 0.
 
     Args:
         config: asked for; its model is the `Origin`'s.
         fingerprint: identity of the data the run is to read.
         say: prints a line about what is passed over.
+        started_on: machine on which an earlier start of the same torchrun has claimed the run's directory.
 
     Raises:
         UserError: the directory holds a run that can't be gone on with like this, or the checkpoint asked for is not
@@ -149,10 +155,15 @@ def find_start(config: Config, fingerprint: str, say: Callable[[str], None]) -> 
     run, resume = config.run.run_dir, config.run.resume
     checkpoints, stored = run / "checkpoints", run / "config.json"
     # torchrun starts a failed group again with the same words; then they have been followed already.
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    again = started_on is not None
+    if again and not stored.exists():
+        raise UserError(
+            f"{run} on {platform.node()} holds nothing of this run, which was started on {started_on}; give "
+            "--run-dir a directory that all machines share"
+        )
     if resume == "never" and not again and (stored.exists() or list_checkpoints(checkpoints)):
         raise UserError(f"{run} already holds a run, and --resume never would write over it; choose another --run")
-    if not stored.exists() and run.is_dir() and any(not p.name.startswith(".") for p in run.iterdir()):
+    if not stored.exists() and run.is_dir() and any(not p.name.startswith(LEFT_BY_ANY_RANK) for p in run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run; choose another --run")
     if stored.exists():
         check_config_change(Config.load(stored), config, run)

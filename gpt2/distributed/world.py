@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,14 +17,18 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from torch.distributed.rendezvous import rendezvous
 
 from gpt2.allocator import keep_freed_memory
+from gpt2.distributed.start import agree_on_start
 from gpt2.errors import UserError
 from gpt2.files import write_whole
 
 T = TypeVar("T")
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 STARTUP_TIMEOUT = timedelta(minutes=30)
 """How long a process may wait for the others until the first step is done: compiling takes minutes."""
@@ -33,17 +38,37 @@ STEP_TIMEOUT = timedelta(minutes=5)
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that torchrun started; alone if there is no torchrun."""
+    """This process among those that torchrun started; alone if there is no torchrun.
+
+    Attributes:
+        rank: this process's among all.
+        local_rank: among those of its machine.
+        size: processes in all.
+        device: this process's.
+        memory: what all starts of one torchrun remember together; None without torchrun.
+    """
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    memory: Store | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
+
+    def recall(self, key: str) -> str | None:
+        """What an earlier start of the same torchrun has noted under a key; None without one."""
+        if self.memory is None or not self.memory.check([key]):
+            return None
+        return self.memory.get(key).decode()
+
+    def note(self, key: str, value: str) -> None:
+        """Leave something to the next start of the same torchrun."""
+        if self.memory is not None:
+            self.memory.set(key, value)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over all processes; returns it."""
@@ -148,14 +173,17 @@ def pick_device(choice: str, local_rank: int = 0, local_size: int = 1) -> torch.
     Raises:
         UserError: the device does not exist here, or not for all of the machine's processes.
     """
-    if choice == "auto":
-        choice = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if choice == "auto":  # a Mac has one GPU, which processes can't share: several of them compute on its CPU
+        mps = torch.backends.mps.is_available() and local_size == 1
+        choice = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(choice)
     except RuntimeError:
         raise UserError(f"unknown device {choice!r}; choose auto, cuda, mps or cpu") from None
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not available here; use --device cpu")
+    if device.type == "mps" and local_size > 1:
+        raise UserError(f"{local_size} processes can't share device mps; start one, or use --device cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if device.index is not None and local_size > 1:
@@ -172,40 +200,83 @@ def pick_device(choice: str, local_rank: int = 0, local_size: int = 1) -> torch.
     return device
 
 
+def processes() -> tuple[int, int, int, int] | None:
+    """This process's rank, its rank on this machine, how many there are, and how many on this machine.
+
+    Returns:
+        What torchrun's variables say; None where there are none.
+
+    Raises:
+        UserError: some are set and others not, or one is not a number of that kind.
+    """
+    given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
+    if not given.keys() - {"MASTER_ADDR", "MASTER_PORT"}:  # which alone say nothing: some images set them
+        return None
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in given]
+    if missing:
+        raise UserError(
+            f"the environment holds {', '.join(sorted(given))}, but not {', '.join(missing)}; start with torchrun, "
+            "which sets all of them, or unset them for one process alone"
+        )
+    try:
+        rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+        local_rank, local_size = int(given.get("LOCAL_RANK", 0)), int(given.get("LOCAL_WORLD_SIZE", 1))
+        if not (0 <= rank < size and 0 <= local_rank < local_size <= size and int(given["MASTER_PORT"])):
+            raise ValueError
+    except ValueError:
+        values = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{values} do not describe a process among others; start with torchrun") from None
+    return rank, local_rank, size, local_size
+
+
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def world(
+    device: str = "auto", facts: Callable[[torch.device], Mapping[str, str]] = lambda device: {}
+) -> Iterator[World]:
     """Join the processes torchrun started, nccl between GPUs and gloo between CPUs, and leave them at the end.
 
     Args:
         device: "auto", or a device of PyTorch's: "cuda", "cuda:1", "mps", "cpu".
+        facts: what this process will compute with on its device, by name; refused where processes differ.
+
+    Raises:
+        UserError: a process has no such device or cannot compute like that, or they differ; in every process.
     """
-    rank, local_rank, size, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-    )
-    this = World(rank, local_rank, size, pick_device(device, local_rank, local_size))
-    if this.device.type == "cuda":
-        torch.cuda.set_device(this.device)
-    elif this.device.type == "cpu":
-        keep_freed_memory()
-    if "RANK" not in os.environ:
+    found = processes()
+    if found is None:
+        this = World(0, 0, 1, pick_device(device))
+        facts(this.device)
+        _prepare(this.device)
         yield this
         return
-    on_gpu = this.device.type == "cuda"
-    # torchrun's store outlives a restart, with the addresses of the processes that died: each start uses names of its
-    # own. (PyTorch 2.13 leaves that out, and then no restart over gloo finds its peers.)
+    rank, local_rank, size, local_size = found
     store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=STARTUP_TIMEOUT)))
-    start = f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_of_{size}"
+    mine, problem, own = {"host": platform.node()}, None, torch.device("cpu")
+    try:
+        own = pick_device(device, local_rank, local_size)
+        mine |= {"device": own.type, "torch": torch.__version__, **facts(own)}
+    except UserError as error:
+        problem = str(error)
+    start = agree_on_start(PrefixStore("starts", store), rank, size, mine, problem, STARTUP_TIMEOUT)
+    _prepare(own)
+    on_gpu = own.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore(start, store),  # type: ignore[attr-defined]
+        store=PrefixStore(start, store),
         rank=rank,
         world_size=size,
         timeout=STARTUP_TIMEOUT,
-        device_id=this.device if on_gpu else None,
+        device_id=own if on_gpu else None,
     )
-    yield this
+    yield World(rank, local_rank, size, own, PrefixStore("memory", store))
     dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
+
+
+def _prepare(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        keep_freed_memory()
 
 
 class WholeErrorFile(ErrorHandler):
@@ -220,14 +291,23 @@ class WholeErrorFile(ErrorHandler):
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path is None:
             return
-        extra = {"py_callstack": "".join(traceback.format_exception(e)), "timestamp": str(int(time.time()))}
-        message = {"message": f"{type(e).__name__}: {e}", "extraInfo": extra}
+        extra = {"timestamp": str(int(time.time()))}
+        if isinstance(e, UserError):  # whose line is all there is to say: torchrun shows the callstack where it has one
+            message: dict[str, Any] = {"message": f"error: {e}", "extraInfo": extra}
+        else:
+            extra["py_callstack"] = "".join(traceback.format_exception(e))
+            message = {"message": f"{type(e).__name__}: {e}", "extraInfo": extra}
         with suppress(OSError):  # the error itself matters more
             write_whole(Path(path), json.dumps({"message": message}), sync=False)
 
 
 def shorten_timeout() -> None:
     """From now on wait STEP_TIMEOUT for the others, not STARTUP_TIMEOUT; to be called after the first step."""
-    if dist.is_initialized():
-        # No public function changes a living group's time-out; torchtitan calls this one too.
-        dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, dist.group.WORLD)
+    if not dist.is_initialized():
+        return
+    group = dist.group.WORLD
+    assert group is not None
+    if hasattr(group, "set_timeout"):  # PyTorch 2.9 may lack it; 2.14 warns of the other one
+        group.set_timeout(STEP_TIMEOUT)
+    else:
+        dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -40,6 +41,17 @@ from gpt2.train.plan import Plan, make_plan, measure_data
 from gpt2.train.run import Run
 
 
+def what_must_agree(config: Config, device: torch.device) -> dict[str, str]:
+    """What every process must have the same: precision, and the settings but for the machine's own paths."""
+    settings = {
+        name: str(value)
+        for part in (config.model, config.data, config.optim, config.run)
+        for name, value in vars(part).items()
+        if not isinstance(value, Path) and name not in ("device", "dtype", "resume")
+    }
+    return {"dtype": resolve_dtype(config.run.dtype, device), **settings}
+
+
 def set_up(config: Config, world: World) -> Run:
     """Open everything, in the state the run is to continue from; all processes together.
 
@@ -49,7 +61,7 @@ def set_up(config: Config, world: World) -> Run:
         UserError: the settings, the data, the machine or the run's directory do not allow it; in every process.
     """
     say: Callable[[str], None] = print if world.is_main else _silent
-    dtype = world.agree(lambda: resolve_dtype(config.run.dtype, world.device))
+    dtype = resolve_dtype(config.run.dtype, world.device)  # `what_must_agree` has asked every process
     set_matmul_precision(dtype)
     if config.run.deterministic:
         make_deterministic()
@@ -69,7 +81,7 @@ def set_up(config: Config, world: World) -> Run:
     claimed: list[tuple[FileIO, Checkpoint | None]] = []  # what stays in rank 0
 
     def claim() -> tuple[Path | None, Mapping[str, Any]]:
-        lock_file, start, checkpoint = claim_directory(config, dataset, facts, say)
+        lock_file, start, checkpoint = claim_directory(config, world, dataset, facts, say)
         claimed.append((lock_file, checkpoint))
         return start, {} if checkpoint is None else dict(checkpoint.training)
 
@@ -201,7 +213,7 @@ def lock_run(run: Path) -> FileIO:
 
 
 def claim_directory(
-    config: Config, dataset: Dataset, facts: Mapping[str, Any], say: Callable[[str], None]
+    config: Config, world: World, dataset: Dataset, facts: Mapping[str, Any], say: Callable[[str], None]
 ) -> tuple[FileIO, Path | None, Checkpoint | None]:
     """Lock the run's directory, read the checkpoint to continue from, store the settings; rank 0 alone.
 
@@ -210,7 +222,8 @@ def claim_directory(
     """
     run = config.run
     lock_file = lock_run(run.run_dir)
-    start = find_start(config, dataset.fingerprint, say)
+    key = f"claimed {run.run_dir}"
+    start = find_start(config, dataset.fingerprint, say, started_on=world.recall(key))
     checkpoint = None if start is None else read_checkpoint(start, config.model)
     # What this file tells the next start: resume, whatever this start was told.
     foreign = start is not None and not is_own(start, run.run_dir)
@@ -222,6 +235,7 @@ def claim_directory(
         raise UserError(
             f"cannot write to the run directory {run.run_dir}: {error.strerror}; choose another --run"
         ) from None
+    world.note(key, platform.node())
     return lock_file, start, checkpoint
 
 

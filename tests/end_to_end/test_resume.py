@@ -13,6 +13,7 @@ import torch
 from small_runs import ALONE, assert_same_bits, losses, records, saved, small, train
 
 from gpt2.checkpoint.directory import list_checkpoints
+from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.prepare.small_dataset import write_dataset
 from gpt2.tokens.dataset import open_dataset
@@ -129,16 +130,29 @@ def test_going_back_to_an_older_checkpoint_and_on_from_there(char_data: Path, tm
     }
 
 
-def test_torchruns_restart_goes_on_whatever_the_words_say(
-    char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchruns_restart_goes_on_whatever_the_words_say(char_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    again = World(0, 0, 1, ALONE.device, memory=torch.distributed.HashStore())
+    close(set_up(small(char_data, run, resume="never"), again), "error")  # the first start of this torchrun
     train(small(char_data, run, checkpoint_every=10, max_steps=30), stop_after=25)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     for resume in ("never", str(run / "checkpoints/step_00000010")):
-        started = set_up(small(char_data, run, checkpoint_every=10, resume=resume), ALONE)
+        started = set_up(small(char_data, run, checkpoint_every=10, resume=resume), again)
         close(started, "stopped")
         assert started.step == 25
+    (run / "hang").mkdir(exist_ok=True)
+    shutil.move(run, tmp_path / "on another machine's disk")
+    (run / "hang").mkdir(parents=True)  # which its rank left there before
+    with pytest.raises(UserError, match=r"holds nothing of this run, which was started on .* that all machines share"):
+        set_up(small(char_data, run), again)
+    train(small(char_data, run, max_steps=1))  # another torchrun may: what a rank leaves is no run
+
+
+def test_a_refused_start_does_not_count_as_one(char_data: Path, tmp_path: Path) -> None:
+    train(small(char_data, tmp_path, max_steps=1))
+    restarted = World(0, 0, 1, ALONE.device, memory=torch.distributed.HashStore())
+    for _ in range(2):  # torchrun --max-restarts=1 starts what was refused a second time
+        with pytest.raises(UserError, match="--resume never would write over it"):
+            set_up(small(char_data, tmp_path, max_steps=1, resume="never"), restarted)
 
 
 def test_from_a_checkpoint_of_another_run(char_data: Path, tmp_path: Path) -> None:
