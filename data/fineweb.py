@@ -1,7 +1,7 @@
 """Turn FineWeb, or text of your own, into GPT-2 token shards.
 
     python data/fineweb.py                                        # FineWeb-Edu, 10 B tokens, into data/fineweb_edu_10B
-    python data/fineweb.py --source 'DIR/*.parquet' --out DIR     # parquet, .jsonl, .txt (.gz, .zst too)
+    python data/fineweb.py --source 'DIR/*.parquet' --out DIR     # parquet, .jsonl, .txt (.gz, .zst, .bz2, .xz)
     python data/fineweb.py verify DIR                             # re-hash and count all shards
     python data/fineweb.py --part 3/16 ... && ... merge DIR       # on many machines; see scripts/tokenize_slurm.sh
 
@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
@@ -63,6 +64,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="instead: files, directories, globs (.parquet, .jsonl, .txt), OWNER/NAME on the Hugging Face Hub, or "
         "hf://datasets/OWNER/NAME[@REVISION]/GLOB. A line or row is a document, with a string 'text'; so is a whole "
         "plain-text file",
+    )
+    add(
+        "--name",
+        metavar="NAME",
+        help="of the text given with --source; 'fineweb-edu' and 'fineweb' keep their baselines",
     )
     add("--out", type=Path, metavar="DIR", help="directory of the shards; needed with --source [data/DATASET_SIZE]")
     add("--shard-tokens", type=count, default=100_000_000, metavar="N", help="tokens a training shard")
@@ -113,15 +119,21 @@ def tokenize(args: argparse.Namespace) -> int:
     if args.source is not None:
         if args.out is None:
             raise UserError("--source needs --out DIR, the directory for the shards")
-        addresses, name, out = args.source, "corpus", args.out
+        if not re.fullmatch(r"[\w.-]+", args.name or "corpus"):
+            raise UserError(f"--name {args.name}: it begins the shards' names; use letters, digits, '.', '_' and '-'")
+        addresses, name, out = args.source, args.name or "corpus", args.out
     else:
         addresses = [f"hf://datasets/{_DATASETS[args.dataset]}/sample/{args.size}T/*.parquet"]
         name = _SHARD_NAMES[args.dataset]
         out = args.out or Path(__file__).parent / f"{args.dataset.replace('-', '_')}_{args.size}"
     which = Part(*args.part) if args.part else None
     path = manifest_path(out, which)
-    source = find_source(addresses, load_manifest(path).source if path.exists() else None)
+    source = find_source(addresses, load_manifest(path).source if path.exists() else None, out)
     print(f"{source.description}: {len(source.files)} files, {sum(f.size for f in source.files) / 1e9:.3g} GB → {out}")
+    for reason, names in groupby(sorted(source.unread, key=lambda item: item[::-1]), key=lambda item: item[1]):
+        listed = [name for name, _ in names]
+        more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+        print(f"not read, {reason}: {len(listed)} ({', '.join(listed[:20])}{more})")
     request = Request(
         directory=out,
         name=name,

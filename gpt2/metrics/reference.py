@@ -7,6 +7,7 @@ FineWeb and FineWeb-Edu are different distributions: a loss on one says nothing 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -76,9 +77,9 @@ def corpus_of(dataset: str) -> Corpus | None:
     Understands Hub names (`HuggingFaceFW/fineweb-edu`) and the directories of peers (`edu_fineweb10B`, `fineweb10B`).
     """
     name = dataset.lower()
-    if "fineweb" not in name:
+    if "fineweb" not in name or re.search(r"fineweb[-_]?2(?!\d)", name):  # FineWeb 2 is of other languages
         return None
-    return "fineweb-edu" if "edu" in name else "fineweb"
+    return "fineweb-edu" if re.search(r"edu[-_]?fineweb|fineweb[-_]?edu", name) else "fineweb"
 
 
 def size_of(n_layer: int, n_head: int, n_embd: int) -> Size | None:

@@ -161,6 +161,8 @@ def _parse_line(path: Path, position: int, line: bytes) -> Document:
     decoded = _decode(line)
     try:
         record = json.loads(decoded.text)
+    except RecursionError as error:
+        raise UserError(f"{path}: the line at byte {position:,} is nested too deeply to be read") from error
     except ValueError as error:
         raise UserError(f"{path}: the line at byte {position:,} is not JSON ({error})") from error
     if not isinstance(record, dict) or "text" not in record:

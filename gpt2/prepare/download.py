@@ -28,24 +28,27 @@ from typing import Any
 from gpt2.errors import UserError
 from gpt2.files import sha256_file
 from gpt2.prepare.documents import Contents, count_units
-from gpt2.prepare.sources import Source, SourceFile, decompress, kind_of, local_source
+from gpt2.prepare.sources import Source, SourceFile, as_utf8_lines, decompress, kind_of, local_source, refuse_binary
 
 _ATTEMPTS = 6
 RETRY_SECONDS = 1.0  # the first wait, on average; each is twice the one before
 _REMEDY = "check the network and run the same command again, or give local files with --source"
 
 
-def find_source(addresses: Sequence[str], recorded: dict[str, Any] | None) -> Source:
+def find_source(addresses: Sequence[str], recorded: dict[str, Any] | None, out: Path | None = None) -> Source:
     """The files that the user named: paths on this machine, or one address on the Hub.
 
     Args:
         addresses: paths, globs, or one of what `parse_hub` takes. What exists here is a path.
         recorded: `source` of the manifest of an earlier run; spares the Hub the same question.
+        out: directory of the shards, which are no source.
     """
     first = addresses[0]
-    here = not first.startswith("hf://") and (len(addresses) > 1 or bool(glob.glob(os.path.expanduser(first))))
+    here = not first.startswith("hf://") and (
+        len(addresses) > 1 or os.path.lexists(os.path.expanduser(first)) or bool(glob.glob(os.path.expanduser(first)))
+    )
     if here or parse_hub(first) is None:
-        return local_source(addresses)
+        return local_source(addresses, out)
     if len(addresses) > 1:
         raise UserError("--source: one address on the Hub at a time; a glob may name many of its files")
     return (hub_source_again(first, recorded) if recorded else None) or hub_source(first)
@@ -53,8 +56,9 @@ def find_source(addresses: Sequence[str], recorded: dict[str, Any] | None) -> So
 
 def parse_hub(address: str) -> tuple[str, str | None, str] | None:
     """(repository, revision, glob) of "OWNER/NAME" or "hf://datasets/OWNER/NAME[@REVISION][/PATH]"; None for others."""
-    match = re.fullmatch(r"(hf://datasets/)?(\w[\w.-]*/\w[\w.-]*)(?:@([^/]+))?(?:/(.+))?", address)
-    if match is None or (match[1] is None and (match[3] or match[4] or kind_of(match[2]))):
+    revision = r"refs/convert/\w+|refs/pr/\d+|[^/]+"
+    match = re.fullmatch(rf"(hf://datasets/)?(\w[\w.-]*/\w[\w.-]*)(?:@({revision}))?(?:/(.+))?", address)
+    if match is None or (match[1] is None and (match[4] or kind_of(match[2]))):
         return None  # with no hf:// before it, anything longer, or named as a file, is a path
     pattern = match[4] or "*"
     if not re.search(r"[*?\[]", pattern) and kind_of(pattern) is None:
@@ -191,6 +195,12 @@ class Fetcher:
             if file.path is None and not self._keep:
                 path.unlink()
             path = plain
+        if file.kind != "parquet":
+            refuse_binary(path)
+            if as_utf8_lines(path, file.kind, plain := self._scratch / f"{index:06d}.plain.utf8"):
+                if path != file.path and not (self._keep and not file.compression):
+                    path.unlink()
+                path = plain
         return path, count_units(path, file.kind)
 
     def _download(self, file: SourceFile) -> Path:

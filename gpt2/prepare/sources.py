@@ -5,14 +5,18 @@ They are parquet, JSON lines or plain text, the latter two compressed or not; `g
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import glob
 import gzip
 import hashlib
 import itertools
+import json
+import lzma
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +26,13 @@ from gpt2.errors import UserError
 from gpt2.files import whole_file
 from gpt2.prepare.documents import parquet_text_bytes
 
-_KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}
-_COMPRESSIONS = (".gz", ".zst")
+_KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+# Written beside the texts by the tools that make data sets.
+_METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+_SAMPLE_BYTES = 1 << 16
+_MAGIC = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"PK\x03\x04", b"PAR1", b"%PDF")  # gzip, zstd, xz, zip, ...
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Bytes in a file for one GPT-2 token of English, roughly; decides only whether a corpus is small.
 _BYTES_A_TOKEN = {"parquet": 2.5, "jsonl": 4.5, "text": 4.2}
 
@@ -65,11 +74,13 @@ class Source:
         description: "local files", or the Hub's files as "hf://datasets/OWNER/NAME[@REVISION]/PATTERN".
         revision: the Hub's commit; None for local files.
         files: sorted by name.
+        unread: what was found beside them and is not read, each with the reason.
     """
 
     description: str
     revision: str | None
     files: tuple[SourceFile, ...]
+    unread: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def begins(self) -> tuple[int, ...]:
@@ -100,6 +111,7 @@ class FileProblem(UserError):
 
 def kind_of(name: str) -> tuple[str, str] | None:
     """(kind, compression) by a file's name; None where it is none of the known kinds."""
+    name = name.lower()
     stem, compression = name, ""
     if name.endswith(_COMPRESSIONS):
         stem, compression = os.path.splitext(name)
@@ -109,43 +121,138 @@ def kind_of(name: str) -> tuple[str, str] | None:
     return kind, compression
 
 
-def local_source(patterns: Sequence[str]) -> Source:
+def local_source(patterns: Sequence[str], out: Path | None = None) -> Source:
     """Files, directories and glob patterns on this machine, as one source in order of name.
+
+    What exists by the very name given is meant by it; else "*", "?" and "[...]" are wild. A file is read once however
+    often it is named. In a directory, links are followed, and hidden files and `out` are passed over.
+
+    Args:
+        patterns: what the user named.
+        out: directory of the shards, which are no source.
 
     Raises:
         UserError: nothing matches, a file is of no known kind, unreadable, or not what its name says.
     """
-    paths: set[Path] = set()
+    paths: dict[str, Path] = {}  # by where links lead
+    unread: dict[str, str] = {}
     for pattern in patterns:
-        found = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True)]
+        named = os.path.expanduser(pattern)
+        found = [named] if os.path.lexists(named) else sorted(glob.glob(named, recursive=True))
         if not found:
             raise UserError(f"--source {pattern}: no such file, directory or pattern")
-        for path in found:
+        for path in map(Path, found):
             if path.is_dir():
-                inside = [p for p in path.rglob("*") if p.is_file() and kind_of(p.name)]
+                inside = _inside(path, out, unread)
+                kinds = sorted({(kind_of(p.name) or ("",))[0] for p in inside})
                 if not inside:
                     raise UserError(f"--source {path}: no {_known_names()} file in this directory")
-                paths.update(p.absolute() for p in inside)
+                if "parquet" in kinds and len(kinds) > 1:
+                    others = " and ".join(kind for kind in kinds if kind != "parquet")
+                    raise UserError(
+                        f"--source {path}: parquet beside {others} files, which may hold the same text again; name "
+                        f"the ones to read, such as '{path}/**/*.parquet'"
+                    )
+            elif not path.exists():
+                raise UserError(f"--source {path}: a link to {os.path.realpath(path)}, which does not exist")
             elif kind_of(path.name) is None:
                 raise UserError(f"--source {path}: not a {_known_names()} file")
+            elif not path.is_file():
+                raise UserError(f"--source {path}: neither a file nor a directory")
             else:
-                paths.add(path.absolute())
-    common = Path(os.path.commonpath([path.parent for path in paths]))
+                inside = [path]
+            for file in inside:
+                plain = Path(os.path.normpath(file.absolute())) if ".." not in file.parts else file.resolve()
+                kept = paths.setdefault(os.path.realpath(file), plain)
+                if kept != plain:
+                    unread[str(plain)] = f"is {kept}, read already"
+    common = Path(os.path.commonpath([path.parent for path in paths.values()]))
     files = []
-    for name, path in sorted((p.relative_to(common).as_posix(), p) for p in paths):
+    for name, path in sorted((p.relative_to(common).as_posix(), p) for p in paths.values()):
         kind, compression = kind_of(name) or ("", "")
         try:
             size, identity = path.stat().st_size, _identity(path)
+            if kind != "parquet" and not compression:
+                refuse_binary(path)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         # Opened here, so that a file that is not parquet is refused before anything is made.
         text_bytes = parquet_text_bytes(path) if kind == "parquet" else None
         files.append(SourceFile(name, size, identity, kind, compression, path, text_bytes))
-    return Source("local files", None, tuple(files))
+    return Source("local files", None, tuple(files), tuple(sorted(unread.items())))
+
+
+def _inside(directory: Path, out: Path | None, unread: dict[str, str]) -> list[Path]:
+    """The files to read below a directory; those passed over go into `unread`, each with the reason."""
+    own = os.path.realpath(out) if out is not None else None
+    found, seen = [], set()
+    for root, folders, names in os.walk(directory, followlinks=True):
+        seen.add(os.path.realpath(root))
+        for folder in list(folders):
+            path = Path(root, folder)
+            real = os.path.realpath(path)
+            why = "hidden" if folder.startswith(".") else "the directory of the shards" if real == own else ""
+            if why or real in seen:  # a link to a folder above would never end
+                folders.remove(folder)
+                unread[str(path)] = why or "a link to a folder read already"
+        for path in (Path(root, name) for name in names):
+            if path.name.startswith("."):
+                unread[str(path)] = "hidden"
+            elif path.name in _METADATA:
+                unread[str(path)] = "metadata, not text"
+            elif kind_of(path.name) is None:
+                unread[str(path)] = f"not {_known_names()}"
+            elif not path.exists():
+                raise UserError(
+                    f"{path} is a link to {os.path.realpath(path)}, which does not exist; remove or mend it"
+                )
+            elif path.is_file():
+                found.append(path)
+            else:
+                unread[str(path)] = "neither a file nor a directory"
+    return found
+
+
+def refuse_binary(path: Path) -> None:
+    """UserError where a third of the beginning of a text file or JSON is neither UTF-8 nor printable."""
+    with open(path, "rb") as file:
+        data = file.read(_SAMPLE_BYTES)
+    if data.startswith(_UTF16):
+        return
+    text = data.decode("utf-8", "replace")
+    odd = text.count("\ufffd") + sum(text.count(chr(c)) for c in range(32) if chr(c) not in "\t\n\v\f\r\b\x1b")
+    if data.startswith(_MAGIC) or odd * 3 > len(text):
+        raise UserError(
+            f"{path} is not text in UTF-8 ({odd / max(len(text), 1):.0%} of its beginning cannot be read); give it the "
+            "ending of what it is, such as .gz, or convert it: iconv -f ENCODING -t UTF-8"
+        )
+
+
+def as_utf8_lines(path: Path, kind: str, out: Path) -> bool:
+    """Write UTF-16 as UTF-8, and a JSON array as JSON lines, to `out`; False where `path` can be read as it is."""
+    with open(path, "rb") as file:
+        data = file.read(_SAMPLE_BYTES)
+    utf16 = data.startswith(_UTF16)
+    array = kind == "jsonl" and data.decode("utf-16" if utf16 else "utf-8-sig", "replace").lstrip().startswith("[")
+    if not (utf16 or array):
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    encoding = "utf-16" if utf16 else "utf-8-sig"
+    with open(path, encoding=encoding, errors="replace", newline="") as text, whole_file(out, sync=False) as target:
+        if not array:
+            while block := text.read(1 << 20):
+                target.write(block.encode())
+            return True
+        try:
+            records = json.load(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} begins as a JSON array and is none ({error}); replace it") from error
+        target.writelines(json.dumps(record).encode() + b"\n" for record in records)
+    return True
 
 
 def _known_names() -> str:
-    return ".parquet, .jsonl or .txt (also .gz, .zst)"
+    return ".parquet, .jsonl or .txt (also .gz, .zst, .bz2, .xz)"
 
 
 def _identity(path: Path) -> str:
@@ -158,11 +265,12 @@ def _identity(path: Path) -> str:
 
 
 def decompress(path: Path, out: Path) -> None:
-    """Write the content of a .gz or .zst file to `out`. UserError where it is damaged."""
+    """Write the content of a compressed file to `out`. UserError where it is damaged."""
+    opened: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     try:
         with whole_file(out, sync=False) as target:
-            if path.suffix == ".gz":
-                with gzip.open(path) as plain:
+            if (suffix := path.suffix.lower()) in opened:
+                with opened[suffix](path) as plain:
                     shutil.copyfileobj(plain, target, 1 << 20)
             else:
                 import pyarrow
@@ -170,7 +278,12 @@ def decompress(path: Path, out: Path) -> None:
                 with pyarrow.input_stream(str(path), compression="zstd") as plain:
                     while block := plain.read(1 << 20):
                         target.write(block)
-    except (EOFError, OSError, ValueError, zlib.error) as error:
+    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+        if "too much memory" in str(error):
+            raise UserError(
+                f"{path} was compressed with a window larger than is read here (zstd --long); recompress it: "
+                f"zstd -d --long=31 -c {path.name} | zstd -o NEW.zst"
+            ) from error
         if isinstance(error, OSError) and error.errno is not None and error.filename != str(path):
             raise  # the disk, not the file
         raise UserError(f"{path} is damaged ({error}); replace it") from error
