@@ -30,6 +30,8 @@ from gpt2.files import sha256_file
 from gpt2.prepare.documents import Contents, count_units
 from gpt2.prepare.sources import Source, SourceFile, as_utf8_lines, decompress, kind_of, local_source, refuse_binary
 
+# A file of a split that is not trained on, by the words that `datasets` knows it by.
+_HELD_OUT = re.compile(r"(^|[-._ 0-9/])(validation|valid|dev|val|test|testing|eval|evaluation)([-._ 0-9/]|$)", re.I)
 _ATTEMPTS = 6
 RETRY_SECONDS = 1.0  # the first wait, on average; each is twice the one before
 _REMEDY = "check the network and run the same command again, or give local files with --source"
@@ -100,9 +102,39 @@ def hub_source(address: str) -> Source:
             lfs = entry.lfs.sha256 if entry.lfs else None
             identity = f"sha256:{lfs}" if lfs else f"git:{entry.blob_id}"
             files.append(SourceFile(entry.path, entry.size, identity, *kind))
+    if pattern == "*":
+        _refuse_mixture(repo, commit, [file.name for file in files], any(e.path == "README.md" for e in entries))
     if not files:
         raise UserError(f"{repo} at {commit[:12]} has no .parquet, .jsonl or .txt file that matches {pattern}")
     return Source(_description(repo, revision, pattern), commit, tuple(files))
+
+
+def _refuse_mixture(repo: str, commit: str, names: list[str], card: bool) -> None:
+    """UserError where a whole repository is several data sets, or holds what is kept from training."""
+    if card:
+        from datasets.utils.metadata import MetadataConfigs
+        from huggingface_hub import DatasetCard, hf_hub_download
+
+        def read_card() -> Any:
+            return DatasetCard.load(hf_hub_download(repo, "README.md", repo_type="dataset", revision=commit)).data
+
+        configs = MetadataConfigs.from_dataset_card_data(_with_retries(read_card, f"read the card of {repo}"))
+        if len(configs) > 1:
+            raise UserError(
+                f"{repo} is {len(configs)} data sets: {', '.join(list(configs)[:20])}; name the files of one, as in "
+                f"hf://datasets/{repo}/FOLDER/train*"
+            )
+    held_out = [name for name in names if _HELD_OUT.search(name)]
+    if held_out and len(names) > 1:
+        raise UserError(
+            f"{repo} holds {len(held_out)} files that are kept from training, such as {held_out[0]}, of {len(names)}; "
+            f"name those to train on, as in hf://datasets/{repo}/FOLDER/train*"
+        )
+    if len(kinds := sorted({(kind_of(name) or ("",))[0] for name in names})) > 1:
+        raise UserError(
+            f"{repo} holds {' and '.join(kinds)} files, which may be the same text; name those to read, as in "
+            f"hf://datasets/{repo}/*{PurePosixPath(names[0]).suffix}"
+        )
 
 
 def hub_source_again(address: str, recorded: dict[str, Any]) -> Source | None:

@@ -236,6 +236,25 @@ def test_no_network_and_no_repository(server, tmp_path):
     assert not out.exists()
 
 
+def test_a_repository_that_mixes_data_sets_or_splits_is_refused_before_the_work(server, tmp_path):
+    out = tmp_path / "out"
+    command = ["--source", "owner/name", "--out", out]
+    server.files = {f"{c}/{s}/0.parquet": parquet(["x"]) for c in ("en", "de") for s in ("train", "test", "validation")}
+    code, _, error = run(server, tmp_path, *command)
+    assert code == 2
+    assert "4 files that are kept from training" in error
+    card = "---\nconfigs:\n- config_name: en\n  data_files: en/*\n- config_name: de\n  data_files: de/*\n---\n"
+    server.files["README.md"] = card.encode()
+    code, _, error = run(server, tmp_path, *command)
+    assert code == 2
+    assert "is 2 data sets: en, de" in error
+    server.files = {"a.parquet": parquet(["x"]), "a.jsonl": b'{"text": "x"}'}
+    code, _, error = run(server, tmp_path, *command)
+    assert code == 2
+    assert "jsonl and parquet files, which may be the same text" in error
+    assert not out.exists()
+
+
 def test_growing_waits_then_one_line(monkeypatch):
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
