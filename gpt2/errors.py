@@ -8,9 +8,9 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, NoReturn, TextIO, cast
 
 _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that a terminal obeys, that turn its direction, or that it cannot show."""
@@ -63,6 +63,45 @@ def warn(message: str) -> None:
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+class OutlivingStream:
+    """A text stream whose reader may go away: from then on what is written is dropped, and nothing fails.
+
+    Args:
+        stream: to write to; None, as Python has it where the descriptor is closed, drops everything.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115 -- as long as the process
+
+    def write(self, text: str) -> int:
+        """Write, or drop."""
+        return self._attempt(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], int | None]) -> int | None:
+        try:
+            return action()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):  # what it still holds has somewhere to go when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._stream = open(os.devnull, "w")  # noqa: SIM115
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def outliving_output() -> Iterator[None]:
+    """Within the block, work goes on where nobody can read stdout or stderr any more."""
+    out, err = (cast("TextIO", OutlivingStream(stream)) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
+        yield
+
+
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and exit with its code.
 
@@ -78,7 +117,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             stream.reconfigure(errors="replace")
     try:
         code = main() or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UserError as error:
         if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {visible(str(error))}", file=sys.stderr)

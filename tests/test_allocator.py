@@ -37,3 +37,33 @@ def page_faults(how: str) -> int:
 def test_repeated_steps_map_no_new_pages() -> None:
     assert page_faults("kept") < 1000
     assert page_faults("given back") > 10_000  # else the test above shows nothing
+
+
+VARYING = """
+import random, torch
+from gpt2.allocator import giving_back_memory, keep_freed_memory
+assert keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+dice = random.Random(0)
+grown = []
+with giving_back_memory(on=True):
+    for batch in range(200):  # chunks of sizes that seldom repeat, three alive at a time, and a small one that stays
+        chunks = [torch.ones(dice.randint(2**18, 2**22)) for _ in range(3)]
+        grown.append((torch.ones(100), resident()))
+early, late = (max(size for _, size in part) for part in (grown[:100], grown[100:]))
+assert late < 1.5 * early, (early, late)
+faults = []
+import resource
+for _ in range(16):
+    torch.ones(24, 2**20).sum()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+assert min(b - a for a, b in zip(faults[8:], faults[9:])) < 1000  # training keeps its pages again
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_is_bounded_where_sizes_vary() -> None:
+    env = dict(os.environ, OMP_NUM_THREADS="1", THP_MEM_ALLOC_ENABLE="0")
+    done = subprocess.run([sys.executable, "-c", VARYING], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from repository import ROOT
 from small_runs import environment
 
 SCRIPT = """
@@ -60,3 +64,16 @@ def test_a_reader_that_leaves() -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 141
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "closed", "pipe"])
+def test_work_outlives_its_output(path: str) -> None:
+    work = "import sys\nfrom gpt2.errors import outliving_output, run_cli\n"
+    work += "def main():\n with outliving_output():\n  for i in range(9999): print('x' * 99, flush=i % 2 == 0)\n"
+    work += "  print('lost', file=sys.stderr, flush=True)\n open(sys.argv[1], 'w').write('done')\nrun_cli(main)\n"
+    redirect = {"closed": ">&- 2>&-", "pipe": "2>&1 | true; exit ${PIPESTATUS[0]}"}.get(path, f">{path} 2>&1")
+    with tempfile.TemporaryDirectory() as directory:
+        command = shlex.join([sys.executable, "-c", work, f"{directory}/end"]) + " " + redirect
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, timeout=60)
+        assert done.returncode == 0
+        assert Path(f"{directory}/end").read_text() == "done"

@@ -21,7 +21,6 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from torch.distributed.rendezvous import rendezvous
 
-from gpt2.allocator import keep_freed_memory
 from gpt2.distributed.start import agree_on_start
 from gpt2.errors import UserError
 from gpt2.files import write_whole
@@ -275,8 +274,6 @@ def world(
 def _prepare(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif device.type == "cpu":
-        keep_freed_memory()
 
 
 class WholeErrorFile(ErrorHandler):

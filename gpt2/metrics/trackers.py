@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast, get_args
 from urllib.parse import urlsplit
 
 WandbMode = Literal["online", "offline", "disabled"]
@@ -94,6 +94,10 @@ def resolve_wandb_mode(choice: WandbChoice, say: Callable[[str], None]) -> Wandb
     """
     if choice != "auto":
         return choice
+    told = os.environ.get("WANDB_MODE", "").lower()  # wandb's own variable
+    for mode in get_args(WandbMode):
+        if mode == told:
+            return cast("WandbMode", mode)
     if importlib.util.find_spec("wandb") is None:
         return "disabled"
     if not wandb_key_configured():

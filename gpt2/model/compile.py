@@ -11,9 +11,28 @@ from typing import Any
 
 import torch
 
+from gpt2.errors import first_line
 from gpt2.model.attention_kernels import causal_bias
 from gpt2.model.gpt import GPT
 from gpt2.model.loss import softmax_
+
+
+def cannot_compile(device: torch.device) -> str | None:
+    """Why torch.compile does not work here and what to install, found by compiling a line; None: it works."""
+    try:
+        torch.compile(_probe, dynamic=False)(torch.ones(64, device=device))
+    except Exception as error:  # whatever a compiler, a linker or a cache directory throws
+        text = str(error)
+        if "Python.h" in text:
+            return "Python.h is missing; install python3-dev (Debian, Ubuntu) or python3-devel (Fedora)"
+        if "C++ compiler" in text or "C compiler" in text or "Compiler: cl is not found" in text:
+            return "there is no C++ compiler; install g++ (Linux), Xcode's tools (macOS) or MSVC (Windows)"
+        return first_line(error)
+    return None
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x) + 1
 
 
 def compile_model(model: GPT) -> None:

@@ -12,7 +12,7 @@ import torch
 from gpt2.config import Config
 from gpt2.distributed.signals import StopSignals
 from gpt2.distributed.world import World
-from gpt2.errors import UserError, first_line
+from gpt2.errors import UserError, first_line, outliving_output
 from gpt2.metrics.recorder import EndReason
 from gpt2.train.divergence import Diverged
 from gpt2.train.out_of_memory import explain, is_out_of_memory
@@ -37,7 +37,8 @@ def run_to_its_end(train: Callable[[Run, StopSignals], EndReason], config: Confi
         UserError: the run cannot start, or ran out of memory or data.
     """
     # Signals are heeded from here on: a process that waits for others to join could not heed them.
-    with StopSignals() as signals:
+    # And nobody has to be there to read what is printed.
+    with StopSignals() as signals, outliving_output():
         try:
             run = set_up(config, world)
         except torch.OutOfMemoryError as error:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from gpt2.allocator import giving_back_memory
 from gpt2.config import Config
 from gpt2.distributed.world import World
 from gpt2.errors import UserError
@@ -74,7 +75,6 @@ class Evaluator:
             say(f"HellaSwag is left out: {error}")
             return ()
 
-    @torch.no_grad()
     def evaluate(self, step: int, metrics: Metrics | NoMetrics) -> float:
         """Evaluate the model as it is now; all processes together.
 
@@ -85,6 +85,10 @@ class Evaluator:
         Returns:
             Validation loss, nats a token, the same in every process.
         """
+        with torch.no_grad(), giving_back_memory(on=self.world.device.type == "cpu"):
+            return self._evaluate(step, metrics)
+
+    def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> float:
         data = self.config.data
         loss = validation_loss(
             self.model,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt2.allocator import keep_freed_memory
 from gpt2.checkpoint.directory import Checkpoint, read_checkpoint
 from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, settle_optim, write_config
 from gpt2.checkpoint.writer import CheckpointWriter, NoWriter
@@ -26,6 +27,7 @@ from gpt2.files import lock, write_whole
 from gpt2.generation.prompt import prompt_tokens
 from gpt2.hardware import device_name, environment
 from gpt2.metrics.recorder import Metrics, NoMetrics
+from gpt2.model.compile import cannot_compile
 from gpt2.model.gpt import GPT
 from gpt2.precision import make_deterministic, resolve_dtype, set_matmul_precision
 from gpt2.presets import presets
@@ -66,6 +68,8 @@ def set_up(config: Config, world: World) -> Run:
     if config.run.deterministic:
         make_deterministic()
     record_allocations(world.device, on=True)
+    if world.device.type == "cpu":
+        keep_freed_memory()
 
     dataset, tokenizer = open_data(config, world)
     origin = world.on_main(lambda: find_origin(config))  # downloads, if anything has to be
@@ -89,6 +93,11 @@ def set_up(config: Config, world: World) -> Run:
     lock_file, checkpoint = claimed[0] if claimed else (None, None)
     watch = HangWatch(config.run.run_dir / "hang", world.rank)
 
+    # The stored settings keep what was asked for: the next start may be on a machine that compiles.
+    obstacle = cannot_compile(world.device) if config.run.compile else None
+    if world.any(obstacle is not None):
+        say(f"compile    left out, the run is slower: {obstacle or 'it does not work in another process'}")
+        config = replace(config, run=replace(config.run, compile=False))
     model, trained = build_model(config, world, plan, dtype, origin, checkpoint, resuming=bool(training))
     optimizers = make_optimizers(model, config.optim, world.device, dtype)
     guard = StepGuard(world.device, config.run.on_nonfinite, config.run.spike_zscore)

@@ -345,7 +345,7 @@ class Side:
         from train_gpt2 import train_step
 
         if self.device.type == "cpu":
-            keep_freed_memory()  # as gpt2.distributed.world.world does
+            keep_freed_memory()  # as gpt2.train.setup does
         world = World(0, 0, 1, self.device)
         trained = parallelize(model, replace(config.run, compile=True), world, self.dtype, 1)
         optimizers = make_optimizers(model, config.optim, self.device, self.dtype)

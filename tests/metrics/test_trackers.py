@@ -109,6 +109,7 @@ def test_an_unreachable_server_leaves_an_offline_record_and_a_message(
 @pytest.mark.usefixtures("no_key")
 def test_auto_looks_for_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said: list[str] = []
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     assert trackers.resolve_wandb_mode("auto", said.append) == "disabled"
     assert len(said) == (importlib.util.find_spec("wandb") is not None)
     (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password key\n")
@@ -118,6 +119,9 @@ def test_auto_looks_for_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("WANDB_API_KEY", "key")
     assert trackers.wandb_key_configured()
     assert trackers.resolve_wandb_mode("offline", said.append) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "offline")  # wandb's own variable wins over auto, not over a flag
+    assert trackers.resolve_wandb_mode("auto", said.append) == "offline"
+    assert trackers.resolve_wandb_mode("disabled", said.append) == "disabled"
 
 
 def test_a_failing_tracker_is_said_once_and_dropped(

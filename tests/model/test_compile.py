@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
+from small_runs import environment, finish, flags, small
 
 from gpt2.config import GPTConfig
 from gpt2.generation.generate import generate
@@ -57,3 +60,34 @@ def test_sampling_from_a_compiled_model_compiles_nothing(monkeypatch: pytest.Mon
 def test_the_compiler_is_loaded_only_to_compile() -> None:
     code = "import sys, gpt2.model.gpt, gpt2.model.compile; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+PROBE = "import torch; from gpt2.model.compile import cannot_compile; print(cannot_compile(torch.device('cpu')))"
+
+
+def obstacle(cache: Path, **variables: str) -> str:
+    env = environment() | {"TORCHINDUCTOR_CACHE_DIR": str(cache), **variables}
+    done = subprocess.run([sys.executable, "-c", PROBE], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_machine_without_a_compiler_is_found_out(tmp_path: Path) -> None:
+    assert "install g++" in obstacle(tmp_path, CXX="/nowhere/g++")
+
+
+def test_a_cache_that_cannot_be_written_is_found_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = obstacle(tmp_path / "file" / "cache")
+    assert said not in ("", "None")
+    assert "\n" not in said
+
+
+def test_a_run_goes_on_uncompiled(char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    code, output = finish(ROOT / "train_gpt2.py", flags(small(char_data, tmp_path / "run", max_steps=2, compile=True)))
+    assert code == 0, output
+    assert output.count("there is no C++ compiler; install g++") == 1
+    assert "Traceback" not in output
+    assert '"compile": true' in (tmp_path / "run/config.json").read_text()
