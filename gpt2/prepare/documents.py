@@ -148,7 +148,10 @@ def _read_lines(path: Path, unit: int) -> Iterator[Document]:
         position = start
         if start:
             file.seek(start - 1)
-            position = start - 1 + len(file.readline())  # the line before owns what is left of it
+            rest = file.readline(SLICE_BYTES)  # the line before owns what is left of it
+            if not rest.endswith(b"\n"):
+                return  # no line begins in this slice; to look for its end would make a long line's time quadratic
+            position = start - 1 + len(rest)
         while position < start + SLICE_BYTES and (line := file.readline()):
             if position == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -182,8 +185,8 @@ def _parse_line(path: Path, position: int, line: bytes) -> Document:
 
 def _read_text(path: Path, unit: int) -> Iterator[Document]:
     with open(path, "rb") as file:
-        start = _cut_after(file, unit * SLICE_BYTES)
-        stop = _cut_after(file, (unit + 1) * SLICE_BYTES)
+        start = _cut_after(file, unit * SLICE_BYTES, SLICE_BYTES)
+        stop = _cut_after(file, (unit + 1) * SLICE_BYTES) if start < (unit + 1) * SLICE_BYTES else start
         file.seek(start)
         data = file.read(stop - start)
     if unit == 0:
@@ -192,14 +195,21 @@ def _read_text(path: Path, unit: int) -> Iterator[Document]:
         yield _decode(data)._replace(begins=unit == 0)
 
 
-def _cut_after(file: Any, position: int) -> int:
-    """First place from `position` on where plain text may be cut without changing its tokens."""
+def _cut_after(file: Any, position: int, within: int | None = None) -> int:
+    """First place from `position` on where plain text may be cut without changing its tokens.
+
+    Args:
+        file: open for reading.
+        position: in bytes.
+        within: where there is none in so many bytes, a later place is returned, whichever; None: look to the end.
+    """
     size = os.fstat(file.fileno()).st_size
+    last = size if within is None else position + within
     if position == 0 or position >= size:
         return min(position, size)
     file.seek(max(0, position - 4))  # the longest character, to see what is before the cut
     data = file.read(min(4, position))
-    while block := file.read(1 << 16):
+    while position < last and (block := file.read(1 << 16)):
         old = len(data)
         data += block
         for match in re.compile(rb"[ \n]").finditer(data, old):
@@ -209,7 +219,7 @@ def _cut_after(file: Any, position: int) -> int:
                 return int(position + at - old)
         position += len(block)
         data = data[-4:]
-    return size
+    return max(position, last)
 
 
 def _decode(data: bytes) -> Document:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -144,3 +145,29 @@ def test_plain_text_is_cut_where_it_can_be(tmp_path, monkeypatch):
     assert "".join(texts(path, "text")) == "with a mark, and \ufffd\ufffd bytes"
     path.write_bytes(b"")
     assert texts(path, "text") == [""]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "text"])
+def test_what_is_longer_than_a_slice_is_read_a_few_times_at_most(tmp_path, monkeypatch, kind):
+    """One line, or one text without a place to cut, of 200 slices: the bytes read are no multiple of the slices."""
+    monkeypatch.setattr(units, "SLICE_BYTES", 1 << 16)
+    path = tmp_path / "x"
+    body = "中" * (200 << 16) if kind == "text" else "x" * (200 << 16)
+    path.write_text(body if kind == "text" else json.dumps({"text": body}) + "\n")
+    size = path.stat().st_size
+    took = [0]
+
+    class Counted(io.FileIO):
+        def read(self, count=-1):
+            data = super().read(count)
+            took[0] += len(data)
+            return data
+
+        def readline(self, count=-1):
+            data = b"".join(iter(lambda: super(Counted, self).read(1 << 16), b"")) if count < 0 else self.read(count)
+            took[0] += len(data) if count < 0 else 0
+            return data[: data.find(b"\n") + 1 or len(data)]
+
+    monkeypatch.setattr(units, "open", lambda path, mode: Counted(path), raising=False)
+    assert [text for text in texts(path, kind) if text] == [body]
+    assert took[0] < 5 * size
