@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import cache
 from typing import Any, NoReturn, TextIO, cast
 
 _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -56,8 +57,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+@cache
 def warn(message: str) -> None:
-    """Tell the user of something that works, but not well: one line on stderr, from one of a machine's processes."""
+    """Say what works, but not well: one line on stderr, once, by one of a machine's processes."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError, ValueError, AttributeError):  # a stderr that is full, closed or missing
             print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -219,6 +219,8 @@ def parse_args(argv: Sequence[str]) -> Config:
         if words and not words[0].startswith("-"):
             raise UserError(f"give either a preset ({words[0]}) or --config {path}, not both")
         default, program = Config.load(path), "train_gpt2.py --config CONFIG"
+        if (path.parent / "metrics.jsonl").exists():  # a run, which may have been moved since it wrote that
+            default = replace(default, run=replace(default.run, run_dir=path.parent))
     else:
         name = words.pop(0) if words and not words[0].startswith("-") else "gpt2"
         if name not in named:

@@ -1,4 +1,5 @@
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -136,3 +137,15 @@ def test_init_from_refuses_a_shape_of_its_own(flag):
     assert flag.split()[0].split("=")[0].replace("_", "-").replace("--no-", "--") in str(error.value)
     assert parse_args(["debug", "--init-from=gpt2", "--block-size", "32", "--dropout", "0.1"]).model.block_size == 32
     assert parse_args(["debug", "--init-from", "None", *flag.split()]).run.init_from is None
+
+
+def test_a_moved_runs_configuration_means_that_run(tmp_path: Path) -> None:
+    stored = presets()["debug"][1]
+    for name, is_run in (("moved", True), ("elsewhere", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(stored.to_dict()))
+        if is_run:
+            (tmp_path / name / "metrics.jsonl").write_text("")
+        config = parse_args(["--config", str(tmp_path / name / "config.json")])
+        assert config.run.run_dir == (tmp_path / name if is_run else stored.run.run_dir)
+    assert parse_args(["--config", str(tmp_path / "moved"), "--run", "other"]).run.run_dir == Path("other")
