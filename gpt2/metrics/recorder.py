@@ -76,6 +76,7 @@ class Metrics:
         self.total_steps = config.run.max_steps
         self.flops_per_token = flops_per_token
         self.corpus = reference.corpus_of(dataset)
+        self.published = reference.published(self.corpus, config.to_dict())
         self.size = reference.size_of(config.model.n_layer, config.model.n_head, config.model.n_embd)
         facts = environment(device, world_size)
         peak = peak_flops(facts["device"]) if peak is None and device.type == "cuda" else peak
@@ -227,8 +228,11 @@ class Metrics:
         self._write("val", step, {"tokens": self._tokens(step), **values, "val_tokens": val_tokens})
         self._scalars(step, {f"val/{name}": value for name, value in values.items()})
         text = f"validation loss {loss:.4f} ({bits:.4f} bits per byte)"
-        beside = reference.loss_beside_gpt2(self.corpus, self.size, loss, val_tokens)
-        self._stand_out(step, text if beside is None else f"{text} | {beside}")
+        beside = [
+            reference.loss_beside_gpt2(self.corpus, self.size, loss, val_tokens),
+            self.published.beside(step, loss) if self.published is not None else None,
+        ]
+        self._stand_out(step, " | ".join([text, *filter(None, beside)]))
 
     def hellaswag(
         self, step: int, *, convention: str, acc: float, acc_norm: float, stderr: float, examples: int

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gpt2.presets import presets
 
 Corpus = Literal["fineweb", "fineweb-edu"]
 Size = Literal["124M", "350M", "774M", "1558M"]
@@ -71,6 +74,19 @@ MILESTONES: Mapping[Corpus, Mapping[Size, tuple[tuple[int, float], ...]]] = {
 """(step, validation loss) pairs that earlier reproductions logged, 524,288 tokens a step."""
 
 
+RECIPE_3_28 = (
+    (125, 4.586),
+    (250, 4.098),
+    (500, 3.828),
+    (1000, 3.652),
+    (2000, 3.454),
+    (2500, 3.379),
+    (3000, 3.304),
+    (3250, 3.277),
+)
+"""The same of modded-nanogpt's optimization track, baseline result of 2026-06-11, on FineWeb; see docs/recipes.md."""
+
+
 def corpus_of(dataset: str) -> Corpus | None:
     """Which corpus with published baselines a data set's name or source speaks of; None for any other.
 
@@ -94,11 +110,45 @@ def gpt2_val_loss(corpus: Corpus | None, size: Size | None) -> float | None:
     return GPT2_VAL_LOSS[corpus].get(size)
 
 
-def milestones(corpus: Corpus | None, size: Size | None) -> tuple[tuple[int, float], ...]:
-    """(tokens, validation loss) pairs of an earlier reproduction; empty where there is none."""
-    if corpus is None or size is None:
-        return ()
-    return tuple((step * RECIPE_TOKENS_PER_STEP, loss) for step, loss in MILESTONES[corpus].get(size, ()))
+@dataclass(frozen=True)
+class Published:
+    """A published run that a run is held against while it trains.
+
+    Attributes:
+        label: whose, of what.
+        points: (step, validation loss) pairs, RECIPE_TOKENS_PER_STEP tokens per step.
+    """
+
+    label: str
+    points: tuple[tuple[int, float], ...]
+
+    def beside(self, step: int, loss: float) -> str | None:
+        """A validation loss beside the published one of the same step, in words; None where none was published."""
+        expected = dict(self.points).get(step)
+        if expected is None:
+            return None
+        return f"{self.label} {expected:.3f} at this step: {abs(loss - expected):.3f} " + (
+            "lower" if loss < expected else "higher"
+        )
+
+
+def published(corpus: Corpus | None, config: Mapping[str, Mapping[str, Any]]) -> Published | None:
+    """The published run of a run's own recipe, size and data; None where there is none.
+
+    Args:
+        corpus: the run's data set, if it has published figures.
+        config: the run's settings, as `Config.to_dict` returns them.
+    """
+    model, data = config.get("model", {}), config.get("data", {})
+    if corpus is None or data.get("total_batch_tokens") != RECIPE_TOKENS_PER_STEP:
+        return None
+    recipe = presets()["gpt2-3.28"][1].to_dict()
+    if model == recipe["model"] and config.get("optim") == recipe["optim"]:
+        return Published("modded-nanogpt, 3.28 recipe", RECIPE_3_28) if corpus == "fineweb" else None
+    size = size_of(*(model.get(name, 0) for name in ("n_layer", "n_head", "n_embd")))
+    points = MILESTONES[corpus].get(size, ()) if size is not None else ()
+    whose = {"fineweb": "llm.c", "fineweb-edu": "build-nanogpt"}[corpus]
+    return Published(f"{whose}, {size} on {CORPUS_TITLES[corpus]}", points) if points else None
 
 
 def loss_beside_gpt2(corpus: Corpus | None, size: Size | None, loss: float, val_tokens: int) -> str | None:

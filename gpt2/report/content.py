@@ -78,15 +78,14 @@ def baselines(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def milestones(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Points of earlier reproductions for each corpus and size among the runs."""
-    sources = {"fineweb": "llm.c", "fineweb-edu": "build-nanogpt"}
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    """Points of the published runs that the runs are held against."""
+    found: dict[str, dict[str, Any]] = {}
     for index, run in enumerate(runs):
-        points = reference.milestones(run.corpus, run.size)
-        if points and run.corpus is not None and run.size is not None:
-            label = f"{sources[run.corpus]}, {run.size} on {reference.CORPUS_TITLES[run.corpus]}"
-            entry = {"label": label, "points": [list(point) for point in points], "runs": []}
-            found.setdefault((run.corpus, run.size), entry)["runs"].append(index)
+        published = reference.published(run.corpus, run.config)
+        if published is not None:
+            points = [[step * reference.RECIPE_TOKENS_PER_STEP, loss] for step, loss in published.points]
+            entry = {"label": published.label, "points": points, "runs": []}
+            found.setdefault(published.label, entry)["runs"].append(index)
     return list(found.values())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gpt2.metrics import reference
@@ -44,12 +46,31 @@ def test_figures_are_of_the_right_corpus() -> None:
     assert reference.gpt2_val_loss("fineweb-edu", "1558M") is None  # nobody published it
     assert reference.gpt2_val_loss(None, "124M") is None
     assert reference.gpt2_val_loss("fineweb", None) is None
-    assert reference.milestones("fineweb-edu", "124M")[0] == (250 * 524_288, 6.163)
-    assert reference.milestones("fineweb", "350M") == ()
+
+
+def test_a_run_is_held_against_the_published_run_of_its_own_recipe() -> None:
+    named = {name: config for name, (_, config) in presets().items()}
+    llmc = reference.published("fineweb", named["gpt2"].to_dict())
+    assert llmc is not None
+    assert llmc.label == "llm.c, 124M on FineWeb"
+    assert llmc.points[0] == (250, 6.171)
+    recipe = reference.published("fineweb", named["gpt2-3.28"].to_dict())
+    assert recipe is not None
+    assert recipe.beside(500, 3.97) == "modded-nanogpt, 3.28 recipe 3.828 at this step: 0.142 higher"
+    assert recipe.beside(3250, 3.27) == "modded-nanogpt, 3.28 recipe 3.277 at this step: 0.007 lower"
+    assert recipe.beside(501, 3.97) is None
+    assert reference.published("fineweb-edu", named["gpt2-3.28"].to_dict()) is None  # other data, other losses
+    assert reference.published("fineweb", named["gpt2-medium"].to_dict()) is None
+    assert reference.published(None, named["gpt2"].to_dict()) is None
+    changed = replace(named["gpt2-3.28"], optim=replace(named["gpt2-3.28"].optim, beta1=0.9))
+    assert reference.published("fineweb", changed.to_dict()) is None
+    smaller = replace(named["gpt2"], data=replace(named["gpt2"].data, total_batch_tokens=262_144))
+    assert reference.published("fineweb", smaller.to_dict()) is None
+    assert reference.published("fineweb", {}) is None  # an old run's
 
 
 def test_milestones_fall() -> None:
-    for sizes in reference.MILESTONES.values():
+    for sizes in (*reference.MILESTONES.values(), {"recipe": reference.RECIPE_3_28}):
         for points in sizes.values():
             assert list(points) == sorted(points)
             assert [loss for _, loss in points] == sorted((loss for _, loss in points), reverse=True)
