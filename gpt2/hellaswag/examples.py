@@ -49,7 +49,7 @@ def parse_jsonl(path: Path) -> tuple[Example, ...]:
     """
     examples = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -89,7 +89,9 @@ def parse_example(raw: Any, where: str) -> Example:
         raise UserError(f"{where}: field 'endings' must be a list of strings")
     if len(endings) != ENDINGS:
         raise UserError(f"{where}: {len(endings)} endings; an example has {ENDINGS}")
-    ind = raw.get("ind")
+    ind = raw.get("ind", -1)  # some copies leave the number out, or write it as a string
+    if isinstance(ind, str) and ind.isascii() and ind.isdecimal():
+        ind = int(ind)
     if not isinstance(ind, int):
         raise UserError(f"{where}: field 'ind' is {ind!r}; it must be an integer")
     return Example(
@@ -100,8 +102,10 @@ def parse_example(raw: Any, where: str) -> Example:
 def _label(raw: dict[str, Any], where: str) -> int | None:
     """0 to 3, or None where there is none: GitHub's files have integers, the Hub's strings, "" in the test split."""
     label = raw.get("label")
-    if label is None or label == "":
+    if label in (None, "", -1, "-1") or label != label:  # NaN, which pandas writes for a label that is not there
         return None
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # and so it writes the others of that column
     if isinstance(label, str) and label.isascii() and label.isdecimal():
         label = int(label)
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < ENDINGS:

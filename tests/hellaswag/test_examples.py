@@ -34,7 +34,7 @@ def test_labels_in_every_spelling(label: Any, expected: int | None) -> None:
     assert parse_example(raw, "here").label == expected
 
 
-@pytest.mark.parametrize("label", [4, -1, "4", "x", "-1", 1.0, True, [1]])
+@pytest.mark.parametrize("label", [4, -2, "4", "x", "-2", 1.5, True, [1]])
 def test_wrong_labels(label: Any) -> None:
     with pytest.raises(UserError, match="here: field 'label' is"):
         parse_example({**RAW, "label": label}, "here")
@@ -49,7 +49,7 @@ def test_wrong_labels(label: Any) -> None:
         (json.dumps({**RAW, "endings": "abcd"}), "line 3: field 'endings' must be a list of strings"),
         (json.dumps({**RAW, "endings": ["a", "b", "c", 4]}), "line 3: field 'endings' must be a list of strings"),
         (json.dumps({**RAW, "ctx": None}), "line 3: field 'ctx' is None; it must be a string"),
-        (json.dumps({k: v for k, v in RAW.items() if k != "ind"}), "line 3: field 'ind' is None"),
+        (json.dumps({**RAW, "ind": "x"}), "line 3: field 'ind' is 'x'"),
     ],
 )
 def test_malformed_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -83,3 +83,13 @@ def test_spread_is_even() -> None:
     for limit in (0, -1):
         with pytest.raises(UserError, match="leaves nothing"):
             spread(examples, limit)
+
+
+@pytest.mark.parametrize(("label", "expected"), [("-1", None), ("NaN", None), ("3.0", 3), ('"2"', 2), ('"-1"', None)])
+def test_other_spellings_of_labels_and_ids(tmp_path, label, expected):
+    """What pandas and other copies of the data set write, behind a byte-order mark."""
+    rest = '"activity_label": "a", "ctx_a": "b", "ctx_b": "", "ctx": "b", "endings": ["1", "2", "3", "4"]'
+    rest += f', "label": {label}'
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'\ufeff{{"ind": "24", {rest}}}\n{{{rest}}}\n', encoding="utf-8")
+    assert [(e.ind, e.label) for e in parse_jsonl(path)] == [(24, expected), (-1, expected)]
