@@ -307,9 +307,9 @@ def test_a_hundred_large_shards_open_at_once(tmp_path):
                 file, {"descr": "<u2", "fortran_order": False, "shape": (100_000_000,)}
             )
             file.truncate(file.tell() + 200_000_000)
-    start = time.perf_counter()
+    start = time.process_time()
     dataset = open_dataset(tmp_path)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0  # of the processor: another program may have it meanwhile
     assert len(dataset.train) == 9_900_000_000
     assert dataset.train.read(9_899_999_999, 9_900_000_000).tolist() == [0]
 
