@@ -219,7 +219,8 @@ def processes() -> tuple[int, int, int, int] | None:
         )
     try:
         rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
-        local_rank, local_size = int(given.get("LOCAL_RANK", 0)), int(given.get("LOCAL_WORLD_SIZE", 1))
+        local_rank = int(given.get("LOCAL_RANK", 0))
+        local_size = int(given.get("LOCAL_WORLD_SIZE", local_rank + 1))  # some launchers do not say
         if not (0 <= rank < size and 0 <= local_rank < local_size <= size and int(given["MASTER_PORT"])):
             raise ValueError
     except ValueError:

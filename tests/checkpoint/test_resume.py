@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from gpt2.checkpoint.resume import CHANGEABLE, FIXED, check_config_change, write_config
-from gpt2.config import Config, GPTConfig
+from gpt2.config import Config, GPTConfig, RunConfig
 from gpt2.errors import UserError
 
 # Every setting of it can be changed by itself.
-BASE = Config(model=GPTConfig(position="rope", tie_embeddings=False, logit_softcap=5.0))
+BASE = Config(model=GPTConfig(position="rope", tie_embeddings=False, logit_softcap=5.0), run=RunConfig(plan=True))
 
 
 def changed(name: str) -> Config:
@@ -49,6 +49,7 @@ def changed(name: str) -> Config:
         "run.resume": "never",
         "run.init_from": "gpt2",
         "run.device": "cpu",
+        "run.on": "8xH100",
     }.get(name)
     if new is None:
         if isinstance(old, bool):
