@@ -21,7 +21,7 @@ def random_logits(seed: int, rows: int = 3, size: int = 40) -> Tensor:
     seed=st.integers(0, 2**31),
     temperature=st.floats(0.2, 3),
     top_k=st.none() | st.integers(1, 60),
-    top_p=st.none() | st.floats(0.05, 1),
+    top_p=st.none() | st.floats(0.05, 0.999),  # closer to 1 it is a matter of rounding who is left out
     min_p=st.none() | st.floats(0, 1),
     penalty=st.just(1.0) | st.floats(0.5, 2),
 )
