@@ -30,7 +30,7 @@ CHANGEABLE = {
 }
 """Settings that change what comes out of a run, and may change within it when that is asked for; so may the
 optimizer's, but for its kind."""
-FIXED = {"data.shuffle", "run.seed", "optim.optimizer", "optim.normuon"}
+FIXED = {"data.shuffle", "data.drop_shard_tails", "run.seed", "optim.optimizer", "optim.normuon"}
 """Settings that can't change within a run, as the model's can't: the order of the data would repeat and leave out
 tokens, the optimizer's state would not fit. Everything else (the machine, the log, where the data is) changes freely:
 which data it is, their fingerprint tells."""
@@ -51,8 +51,10 @@ def check_config_change(old: Config, new: Config, where: Path) -> None:
         UserError: naming each difference.
     """
     difference = config_difference(old.to_dict(), new.to_dict())
-    changeable = {name for name in difference if name in CHANGEABLE or name.startswith("optim.")} - FIXED
-    fixed = {name for name in difference if name in FIXED or name.startswith("model.")} - changeable
+    # Where shards' tails are dropped, what is a tail goes by the tokens of a step.
+    immutable = FIXED | ({"data.total_batch_tokens"} if new.data.drop_shard_tails else set())
+    changeable = {name for name in difference if name in CHANGEABLE or name.startswith("optim.")} - immutable
+    fixed = {name for name in difference if name in immutable or name.startswith("model.")} - changeable
 
     def describe(names: set[str]) -> str:
         return ", ".join(

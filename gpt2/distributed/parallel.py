@@ -62,6 +62,8 @@ def _shard(model: GPT, dtype: str) -> nn.Module:
     )
     for block in model.h:
         fully_shard(block, mp_policy=policy)
+    if model.wte.weight.dtype != model.dtype:  # FSDP gathers tensors of one type together
+        fully_shard(model.wte, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     register_fsdp_forward_method(model, "hidden")  # evaluation and sampling enter there
     return model

@@ -21,6 +21,7 @@ CORPUS_TITLES: Mapping[Corpus, str] = {"fineweb": "FineWeb", "fineweb-edu": "Fin
 
 SHAPES: Mapping[tuple[int, int, int], Size] = {
     (12, 12, 768): "124M",
+    (12, 6, 768): "124M",  # modded-nanogpt's, with heads of 128
     (24, 16, 1024): "350M",
     (36, 20, 1280): "774M",
     (48, 25, 1600): "1558M",
@@ -143,8 +144,11 @@ def published(corpus: Corpus | None, config: Mapping[str, Mapping[str, Any]]) ->
     if corpus is None or data.get("total_batch_tokens") != RECIPE_TOKENS_PER_STEP:
         return None
     recipe = presets()["gpt2-3.28"][1].to_dict()
-    if model == recipe["model"] and config.get("optim") == recipe["optim"]:
+    optim, total_steps = config.get("optim", {}), config.get("run", {}).get("max_steps")
+    if model == recipe["model"] and optim == recipe["optim"] and total_steps == recipe["run"]["max_steps"]:
         return Published("modded-nanogpt, 3.28 recipe", RECIPE_3_28) if corpus == "fineweb" else None
+    if optim.get("optimizer") != "adamw":  # llm.c's and build-nanogpt's
+        return None
     size = size_of(*(model.get(name, 0) for name in ("n_layer", "n_head", "n_embd")))
     points = MILESTONES[corpus].get(size, ()) if size is not None else ()
     whose = {"fineweb": "llm.c", "fineweb-edu": "build-nanogpt"}[corpus]

@@ -116,7 +116,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
         self.window = config.layer_window(layer)
-        self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
+        self.qk_norm = config.qk_norm
         # The kernels divide scores by √head_dim; queries make up for another scale.
         self.query_scale = None
         if config.attention_scale is not None:

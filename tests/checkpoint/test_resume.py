@@ -100,6 +100,17 @@ def test_each_setting(name: str) -> None:
     check_config_change(new, new, where)
 
 
+def test_the_tokens_of_a_step_are_fixed_where_they_decide_which_tails_are_dropped() -> None:
+    old = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, drop_shard_tails=True))
+    new = dataclasses.replace(
+        old,
+        data=dataclasses.replace(old.data, total_batch_tokens=2 * old.data.total_batch_tokens),
+        run=dataclasses.replace(old.run, allow_config_change=True),
+    )
+    with pytest.raises(UserError, match=r"total_batch_tokens \d+ → \d+; choose another --run for these"):
+        check_config_change(old, new, Path("runs/x"))
+
+
 def test_a_configuration_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for config in (Config(), changed("run.seed")):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import recipe_oracle
 import torch
-from small_runs import losses
+from repository import ROOT
+from small_runs import finish, losses
 
 import train_gpt2
 from gpt2.config import Config
@@ -99,6 +100,15 @@ def test_thirty_steps_are_the_literal_recipes(
     found = curve(tmp_path / "bf16", data, monkeypatch)
     assert difference(found[:5], literal[:5]) <= 1e-6
     assert difference(found, literal) <= 5e-5
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_follow_the_recipe(data: Path, tmp_path: Path, literal: list[float], parallel: str) -> None:
+    words = ["gpt2-3.28", *SMALL, "--micro-batch-size", "2", "--data", str(data), "--run-dir", str(tmp_path)]
+    code, output = finish(ROOT / "train_gpt2.py", [*words, "--parallel", parallel], processes=2)
+    assert code == 0, output
+    # Each process rounds the embedding's gradient to bf16 before they are added up.
+    assert difference(list(losses(tmp_path).values()), literal) <= 2e-3
 
 
 LEFT_OUT: dict[str, tuple[str, ...]] = {

@@ -34,6 +34,7 @@ def test_the_presets_have_the_published_sizes() -> None:
         model = config.model
         sizes[name] = reference.size_of(model.n_layer, model.n_head, model.n_embd)
     assert sizes["gpt2"] == "124M"
+    assert sizes["gpt2-3.28"] == "124M"  # its heads are fewer and wider
     assert sizes["gpt2-medium"] == "350M"
     assert sizes["gpt2-large"] == "774M"
     assert sizes["gpt2-xl"] == "1558M"
@@ -64,6 +65,8 @@ def test_a_run_is_held_against_the_published_run_of_its_own_recipe() -> None:
     assert reference.published(None, named["gpt2"].to_dict()) is None
     changed = replace(named["gpt2-3.28"], optim=replace(named["gpt2-3.28"].optim, beta1=0.9))
     assert reference.published("fineweb", changed.to_dict()) is None
+    shorter = replace(named["gpt2-3.28"], run=replace(named["gpt2-3.28"].run, max_steps=1000))
+    assert reference.published("fineweb", shorter.to_dict()) is None  # its learning rate falls earlier
     smaller = replace(named["gpt2"], data=replace(named["gpt2"].data, total_batch_tokens=262_144))
     assert reference.published("fineweb", smaller.to_dict()) is None
     assert reference.published("fineweb", {}) is None  # an old run's
