@@ -21,6 +21,12 @@ CHARS = "".join(map(chr, range(ord("A"), ord("Z") + 1))) + "abcdefghijklmnopqrst
 """59 characters: a vocabulary that is no multiple of 64, so that its padding is in play."""
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Bytes are no part of a test's name: a compressor may write the time into them, and each worker of pytest-xdist
+    must find the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(params=[False, True], ids=["numbers at once", "numbers late"])
 def reading(request: pytest.FixtureRequest) -> Iterator[None]:
     """A run that reads each step's numbers at once, as on a CPU, and one that reads them a step late, as on a GPU."""
