@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from gpt2.distributed.world import World, world
+from gpt2.distributed.world import World, joined_world
 from gpt2.errors import UserError, run_cli
 from gpt2.files import write_whole
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
 from gpt2.hellaswag.rows import CONVENTIONS
-from gpt2.hellaswag.score import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Result, evaluate
+from gpt2.hellaswag.score import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Result, evaluate_hellaswag
 from gpt2.metrics.console import duration
 from gpt2.metrics.reference import GPT2_HELLASWAG, GPT2_HELLASWAG_HARNESS, GPT3_HELLASWAG, HELLASWAG_CHANCE, SHAPES
 from gpt2.model.compile import compile_model
@@ -238,7 +238,7 @@ def run(args: argparse.Namespace, this: World) -> None:
         for convention in conventions:
             progress = Progress(f"{spec}, {convention}", len(examples), this.is_main)
             results.append(
-                evaluate(
+                evaluate_hellaswag(
                     model,
                     examples,
                     tokenizer,
@@ -284,7 +284,7 @@ def main() -> None:
         raise UserError(f"--token-budget is {args.token_budget}; it must be at least 1")
     check_writable(args.json)
     check_writable(args.per_example)
-    with world(args.device) as this:
+    with joined_world(args.device) as this:
         run(args, this)
 
 

@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from gpt2.distributed.hang import enable_flight_recorder
 from gpt2.distributed.parallel import accumulating, whole
 from gpt2.distributed.signals import StopSignals
-from gpt2.distributed.world import WholeErrorFile, World, shorten_timeout, world
+from gpt2.distributed.world import WholeErrorFile, World, joined_world, shorten_timeout
 from gpt2.errors import run_cli
 from gpt2.metrics.recorder import EndReason
 from gpt2.model.attention_kernels import training_backends
@@ -185,7 +185,7 @@ def main() -> int:
         print_plan(config)
         return 0
     enable_flight_recorder(config.run.run_dir / "hang")
-    with world(config.run.device, partial(what_must_agree, config)) as this:
+    with joined_world(config.run.device, partial(what_must_agree, config)) as this:
         return run_to_its_end(train, config, this)
 
 

@@ -112,7 +112,7 @@ def tokenize(args: argparse.Namespace) -> int:
     """Make the data set, or what is missing of it."""
     from gpt2.prepare.build import prepare
     from gpt2.prepare.download import find_source
-    from gpt2.prepare.job import Request, manifest_path
+    from gpt2.prepare.job import Job, manifest_path
     from gpt2.prepare.workers import Part
     from gpt2.tokens.manifest import load_manifest
 
@@ -134,7 +134,7 @@ def tokenize(args: argparse.Namespace) -> int:
         listed = [name for name, _ in names]
         more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
         print(f"not read, {reason}: {len(listed)} ({', '.join(listed[:20])}{more})")
-    request = Request(
+    job = Job(
         directory=out,
         name=name,
         source=source,
@@ -147,7 +147,7 @@ def tokenize(args: argparse.Namespace) -> int:
         part=which,
         keep_downloads=args.keep_downloads,
     )
-    manifest = prepare(request, print)
+    manifest = prepare(job, print)
     _print_statistics(manifest.statistics())
     if args.plot:
         from gpt2.prepare.length_plot import plot_lengths

@@ -40,7 +40,7 @@ from gpt2.report.compare import (
     reaches,
     value,
 )
-from gpt2.report.runs import Run, find_runs, open_run
+from gpt2.report.runs import RecordedRun, find_runs, open_run
 
 SIGNIFICANT = 0.05
 
@@ -67,9 +67,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def find(paths: Sequence[Path]) -> list[Run]:
+def find(paths: Sequence[Path]) -> list[RecordedRun]:
     """The runs at or below the paths, each once."""
-    found: dict[Path, Run] = {}
+    found: dict[Path, RecordedRun] = {}
     for path in paths:
         inside = list(find_runs(path)) if path.is_dir() else []
         if not inside:
@@ -101,7 +101,7 @@ def verdict(comparison: Comparison | None) -> str:
     return "worse" if comparison.p > 1 - SIGNIFICANT else "not told apart"
 
 
-def notes(groups: Sequence[Group], left_out: Sequence[Run], tested: int, args: argparse.Namespace) -> list[str]:
+def notes(groups: Sequence[Group], left_out: Sequence[RecordedRun], tested: int, args: argparse.Namespace) -> list[str]:
     """What a reader must know before believing the table."""
     runs = [run for group in groups for run in group.runs.values()]
     said = []

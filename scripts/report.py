@@ -21,7 +21,7 @@ from gpt2.errors import UserError, run_cli
 from gpt2.files import write_whole
 from gpt2.metrics.history import METRICS_FILE
 from gpt2.report.content import report
-from gpt2.report.runs import Run, open_run
+from gpt2.report.runs import RecordedRun, open_run
 
 PAGE = Path(__file__).resolve().parent / "report_page"
 
@@ -46,7 +46,13 @@ def render(content: dict[str, Any], *, refresh: int | None = None) -> str:
 
 
 def write_report(
-    runs: Sequence[Run], out: Path, *, price: float | None, png: bool, log_tokens: bool, refresh: int | None = None
+    runs: Sequence[RecordedRun],
+    out: Path,
+    *,
+    price: float | None,
+    png: bool,
+    log_tokens: bool,
+    refresh: int | None = None,
 ) -> list[Path]:
     """Write the page and its pictures; returns what was written.
 

@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from gpt2.errors import UserError, run_cli
 from gpt2.report.plots import short
-from gpt2.report.runs import Run, find_runs, open_run
+from gpt2.report.runs import RecordedRun, find_runs, open_run
 
 HEAD = ("run", "preset", "tokens", "steps", "best loss", "bits/byte", "HellaSwag", "tok/s", "status", "last checkpoint")
 
 
-def row(run: Run, name: str) -> tuple[str, ...]:
+def row(run: RecordedRun, name: str) -> tuple[str, ...]:
     """A run's cells under `HEAD`, "-" where nothing is known."""
     scores = run.records("hellaswag")
     total = run.start.get("total_steps")

@@ -31,7 +31,7 @@ from gpt2.metrics.history import METRICS_FILE
 from gpt2.presets import parse_args
 from gpt2.progress import duration
 from gpt2.report.compare import INCIDENTAL
-from gpt2.report.runs import Run, open_run
+from gpt2.report.runs import RecordedRun, open_run
 
 TRAINER = Path(__file__).resolve().parents[1] / "train_gpt2.py"
 DONE = ("finished", "nonfinite", "spike")
@@ -103,7 +103,7 @@ def points(preset: str, grid: Sequence[str], seeds: int, out: Path, rest: Sequen
             yield Point(name, out / name, tuple(words))
 
 
-def recorded(point: Point) -> Run | None:
+def recorded(point: Point) -> RecordedRun | None:
     """The point's run as it is on disk; None where it has not begun.
 
     Raises:

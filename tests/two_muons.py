@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from gpt2.distributed.parallel import place_like, whole
-from gpt2.distributed.world import world
+from gpt2.distributed.world import joined_world
 from gpt2.train import muon
 from gpt2.train.muon import Muon
 
@@ -76,7 +76,7 @@ def steps(parallel: str, normuon: bool, dtype: torch.dtype) -> dict[str, Tensor]
 
 def main() -> None:
     data, out = Path(sys.argv[1]), Path(sys.argv[2])
-    with world("cpu") as this:
+    with joined_world("cpu") as this:
         for name, case in CASES.items():
             save_file(steps(*case), out / f"{name}_rank{this.rank}.safetensors")
         for name, changes in RUNS.items():

@@ -21,7 +21,7 @@ from small_runs import small
 
 from gpt2.config import Config
 from gpt2.distributed.signals import StopSignals
-from gpt2.distributed.world import World, world
+from gpt2.distributed.world import World, joined_world
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.tokens.loader import Blocks
@@ -131,7 +131,7 @@ def caught(work: Callable[[], object], *kinds: type[Exception]) -> str:
 def main() -> None:
     data, out = Path(sys.argv[1]), Path(sys.argv[2])
     found: dict[str, Any] = {}
-    with world("cpu") as this:
+    with joined_world("cpu") as this:
         for name, changes in TABLE.items():
             with running(small(data, out / name, eval_every=15, **changes), this) as (run, signals):
                 found[name] = train_to_its_end(run, signals)

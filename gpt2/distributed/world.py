@@ -230,7 +230,7 @@ def processes() -> tuple[int, int, int, int] | None:
 
 
 @contextmanager
-def world(
+def joined_world(
     device: str = "auto", facts: Callable[[torch.device], Mapping[str, str]] = lambda device: {}
 ) -> Iterator[World]:
     """Join the processes torchrun started, nccl between GPUs and gloo between CPUs, and leave them at the end.

@@ -168,7 +168,7 @@ class Batch:
     length: int
 
 
-def plan(lengths: np.ndarray, processes: int, token_budget: int, multiple: int) -> list[Batch]:
+def make_batches(lengths: np.ndarray, processes: int, token_budget: int, multiple: int) -> list[Batch]:
     """Cut rows into batches, longest first, so that what does not fit into memory fails at once.
 
     All processes run the same shapes in the same order, which collectives inside the model (FSDP) need.

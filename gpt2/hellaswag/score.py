@@ -29,7 +29,7 @@ from gpt2.distributed.parallel import whole
 from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.hellaswag.examples import ENDINGS, Example
-from gpt2.hellaswag.rows import Convention, Row, Rows, make_rows, pack, plan
+from gpt2.hellaswag.rows import Convention, Row, Rows, make_batches, make_rows, pack
 from gpt2.model.attention_kernels import varying_backends
 from gpt2.model.cpu_inference import PackedLinear, can_pack, scoring_copy
 from gpt2.model.gpt import GPT
@@ -141,7 +141,7 @@ class Head:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_hellaswag(
     model: GPT,
     examples: Sequence[Example],
     tokenizer: Tokenizer,
@@ -192,7 +192,7 @@ def evaluate(
     rows = prepared.rows
     # Few shapes for the compiler; rows of masks aligned for a GPU's kernels; no padding at all for a CPU.
     multiple = 64 if compiled else 1 if on_cpu else 8
-    batches = plan(np.array([row.length for row in rows]), world.size, token_budget, multiple)
+    batches = make_batches(np.array([row.length for row in rows]), world.size, token_budget, multiple)
 
     was_training = model.training
     model.eval()

@@ -11,22 +11,22 @@ from pathlib import Path
 from gpt2.errors import UserError
 from gpt2.files import TEMPORARY, lock, make_directory, open_own
 from gpt2.prepare.download import Fetcher
-from gpt2.prepare.job import Request, continued_manifest, new_manifest
-from gpt2.prepare.shard_builder import Assembler, Layout
+from gpt2.prepare.job import Job, continued_manifest, new_manifest
+from gpt2.prepare.shard_builder import Layout, ShardBuilder
 from gpt2.prepare.sources import FileProblem
 from gpt2.prepare.workers import Part, Unit, Units, Workers, assemble_units
 from gpt2.progress import TokenProgress
 from gpt2.tokens.fast_bpe import FastEncoder
-from gpt2.tokens.manifest import Manifest, Position, load_manifest, save_manifest
+from gpt2.tokens.manifest import Manifest, SourcePosition, load_manifest, save_manifest
 from gpt2.tokens.tokenizer import gpt2_tokenizer
 from gpt2.tokens.verify import check_manifest
 
 
-def prepare(request: Request, say: Callable[[str], None]) -> Manifest:
+def prepare(job: Job, say: Callable[[str], None]) -> Manifest:
     """Make the data set, or what is missing of it.
 
     Args:
-        request: what to make.
+        job: what to make.
         say: prints a line that the user should see.
 
     Returns:
@@ -36,106 +36,104 @@ def prepare(request: Request, say: Callable[[str], None]) -> Manifest:
         UserError: the directory holds something else, the source is damaged or gone, the disk is full; what is
             finished by then is kept, and the same call continues.
     """
-    make_directory(request.directory, "--out")
+    make_directory(job.directory, "--out")
     try:
-        with _only_one(request.manifest_path):
-            return _prepare(request, say)
+        with _only_one(job.manifest_path):
+            return _prepare(job, say)
     except KeyboardInterrupt:
         say("interrupted; finished shards are kept, and the same command continues")
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"disk full in {request.directory}; make room and run the same command again") from error
+            raise UserError(f"disk full in {job.directory}; make room and run the same command again") from error
         if error.filename is not None:
-            raise UserError(f"cannot write to {request.directory}: {error.strerror} ({error.filename})") from error
+            raise UserError(f"cannot write to {job.directory}: {error.strerror} ({error.filename})") from error
         raise
 
 
-def _prepare(request: Request, say: Callable[[str], None]) -> Manifest:
-    scratch = request.directory / (".fetched" if request.part is None else f".fetched-{request.part.number:04d}")
-    ahead = 2 + request.workers // 8  # a file takes a worker minutes to tokenize
-    with Fetcher(request.source, scratch, request.keep_downloads, ahead) as fetcher:
-        if request.manifest_path.exists():
-            manifest = continued_manifest(request, load_manifest(request.manifest_path))
-            missing = _damaged_shards(request.directory, manifest, say)
+def _prepare(job: Job, say: Callable[[str], None]) -> Manifest:
+    scratch = job.directory / (".fetched" if job.part is None else f".fetched-{job.part.number:04d}")
+    ahead = 2 + job.workers // 8  # a file takes a worker minutes to tokenize
+    with Fetcher(job.source, scratch, job.keep_downloads, ahead) as fetcher:
+        if job.manifest_path.exists():
+            manifest = continued_manifest(job, load_manifest(job.manifest_path))
+            missing = _damaged_shards(job.directory, manifest, say)
             if manifest.complete and not missing:
-                say(f"{request.directory} is complete and verified: {totals(manifest)}")
+                say(f"{job.directory} is complete and verified: {totals(manifest)}")
                 return manifest
         else:
-            _refuse_strangers(request)
-            manifest, missing = new_manifest(request, fetcher, say), []
-            save_manifest(request.manifest_path, manifest)
-        for name in (f"{_prefix(request)}_", f"{request.manifest_path.name}."):  # what a kill left
-            for stale in request.directory.glob(f".{name}*{TEMPORARY}"):
+            _refuse_strangers(job)
+            manifest, missing = new_manifest(job, fetcher, say), []
+            save_manifest(job.manifest_path, manifest)
+        for name in (f"{_prefix(job)}_", f"{job.manifest_path.name}."):  # what a kill left
+            for stale in job.directory.glob(f".{name}*{TEMPORARY}"):
                 stale.unlink()
-        if request.tokenizer == "gpt2" and not isinstance(gpt2_tokenizer().encode_fast, FastEncoder):
+        if job.tokenizer == "gpt2" and not isinstance(gpt2_tokenizer().encode_fast, FastEncoder):
             say("the fast encoder is not exact with this tiktoken; tokenizing with tiktoken's own, which is slower")
-        say(f"tokenizing in {request.workers} process{'es' if request.workers > 1 else ''}")
-        with Workers(request.workers, manifest.tokenizer) as workers:
+        say(f"tokenizing in {job.workers} process{'es' if job.workers > 1 else ''}")
+        with Workers(job.workers, manifest.tokenizer) as workers:
             for first, stop in _gaps(len(manifest.shards), missing, manifest.complete):
-                manifest = _make_shards(request, manifest, fetcher, workers, first, stop)
-    say(f"{request.directory}: {totals(manifest)}")
+                manifest = _make_shards(job, manifest, fetcher, workers, first, stop)
+    say(f"{job.directory}: {totals(manifest)}")
     return manifest
 
 
-def _prefix(request: Request) -> str:
+def _prefix(job: Job) -> str:
     """Start of the training shards' names: disjoint between parts, in the order of the source."""
-    part = f"_p{request.part.number:04d}" if request.part is not None else ""
-    return f"{request.name}_train{part}"
+    part = f"_p{job.part.number:04d}" if job.part is not None else ""
+    return f"{job.name}_train{part}"
 
 
 def _make_shards(
-    request: Request, manifest: Manifest, fetcher: Fetcher, workers: Workers, first: int, stop: int | None
+    job: Job, manifest: Manifest, fetcher: Fetcher, workers: Workers, first: int, stop: int | None
 ) -> Manifest:
     """Write shards `first` to `stop` - 1, or to the end of the source."""
-    with_val = request.part is None or request.part.number == 1
+    with_val = job.part is None or job.part.number == 1
     validation = manifest.options.get("validation")
     if not validation:
-        raise UserError(f"{request.manifest_path}: options.validation is missing; restore it, or choose another --out")
+        raise UserError(f"{job.manifest_path}: options.validation is missing; restore it, or choose another --out")
     layout = Layout(
-        directory=request.directory,
-        prefix=_prefix(request),
-        val_prefix=f"{request.name}_val" if with_val else None,
-        suffix=request.suffix,
-        shard_tokens=request.shard_tokens,
+        directory=job.directory,
+        prefix=_prefix(job),
+        val_prefix=f"{job.name}_val" if with_val else None,
+        suffix=job.suffix,
+        shard_tokens=job.shard_tokens,
         val_tokens=validation.get("tokens"),
         val_documents=validation.get("documents"),
-        max_tokens=request.max_tokens,
+        max_tokens=job.max_tokens,
     )
-    start = manifest.shards[first - 1].next if first else Position()
+    start = manifest.shards[first - 1].next if first else SourcePosition()
     if start is None:  # the last shard of a finished data set, or one that was edited
-        raise UserError(
-            f"{request.manifest_path}: shards.{first - 1}.next is missing; restore it, or choose another --out"
-        )
-    assembler = Assembler(layout, manifest, request.manifest_path, first, stop)
-    part = request.part or Part()
-    units = Units(request.source, part, fetcher, start)
-    tokens_before, files = assembler.total, len(request.source.files)
+        raise UserError(f"{job.manifest_path}: shards.{first - 1}.next is missing; restore it, or choose another --out")
+    builder = ShardBuilder(layout, manifest, job.manifest_path, first, stop)
+    part = job.part or Part()
+    units = Units(job.source, part, fetcher, start)
+    tokens_before, files = builder.total, len(job.source.files)
     progress: TokenProgress | None = None
 
     def report(unit: Unit, tokens: int) -> None:
         nonlocal progress
-        if request.max_tokens is not None:
-            unit = unit._replace(done=max(unit.done, tokens / request.max_tokens))
+        if job.max_tokens is not None:
+            unit = unit._replace(done=max(unit.done, tokens / job.max_tokens))
         if progress is None:
             progress = TokenProgress("tokenizing", unit.done, began=began)
         progress.update(tokens - tokens_before, unit.done, f"file {unit.place.file + 1} of {files}")
 
     began = TokenProgress.now()
-    assembler.clock = lambda: manifest.seconds + TokenProgress.now() - began
+    builder.clock = lambda: manifest.seconds + TokenProgress.now() - began
     try:
-        assemble_units(workers, units, fetcher, assembler, report)
+        assemble_units(workers, units, fetcher, builder, report)
     except FileProblem as error:
-        file = request.source.files[error.number]
-        kept = f"{len(assembler.manifest.shards)} finished shards are kept"
+        file = job.source.files[error.number]
+        kept = f"{len(builder.manifest.shards)} finished shards are kept"
         if file.path is None:
             raise UserError(f"{error}; {kept}") from error
-        save_manifest(request.manifest_path, replace(assembler.manifest, failed_file=file.name))
+        save_manifest(job.manifest_path, replace(builder.manifest, failed_file=file.name))
         raise UserError(f"{error}; replace the file and run the same command again: {kept}") from error
     finally:
         if progress is not None:
             progress.close()
-    return assembler.manifest
+    return builder.manifest
 
 
 def _gaps(shards: int, missing: Sequence[int], complete: bool) -> Iterator[tuple[int, int | None]]:
@@ -170,13 +168,13 @@ def _damaged_shards(directory: Path, manifest: Manifest, say: Callable[[str], No
     return damaged
 
 
-def _refuse_strangers(request: Request) -> None:
+def _refuse_strangers(job: Job) -> None:
     """UserError where the directory holds shards of another origin."""
-    directory = request.directory
-    others = [p for p in directory.glob("manifest*.json") if request.part is None or ".part-" not in p.name]
+    directory = job.directory
+    others = [p for p in directory.glob("manifest*.json") if job.part is None or ".part-" not in p.name]
     shards = [p for p in directory.iterdir() if p.suffix in (".npy", ".bin")]
     alone = not any(directory.glob("manifest.part-*.json"))
-    if others or (shards and (request.part is None or alone)):
+    if others or (shards and (job.part is None or alone)):
         found = (others or shards)[0].name
         raise UserError(f"{directory} holds {found}, which is of another origin; choose an empty directory with --out")
 

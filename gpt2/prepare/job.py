@@ -12,7 +12,7 @@ from gpt2.prepare.documents import count_documents
 from gpt2.prepare.download import Fetcher
 from gpt2.prepare.sources import Source
 from gpt2.prepare.workers import Part, Units, Workers, characters_of_unit
-from gpt2.tokens.manifest import MANIFEST_NAME, Manifest, Position, describe_tokenizer
+from gpt2.tokens.manifest import MANIFEST_NAME, Manifest, SourcePosition, describe_tokenizer
 from gpt2.tokens.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
 from gpt2.tokens.verify import part_manifest_name
 
@@ -21,7 +21,7 @@ _SMALL_PERCENT = 5
 
 
 @dataclass(frozen=True)
-class Request:
+class Job:
     """What is to be made.
 
     Attributes:
@@ -52,7 +52,7 @@ class Request:
 
     @property
     def manifest_path(self) -> Path:
-        """The manifest of what this request makes."""
+        """The manifest of what this job makes."""
         return manifest_path(self.directory, self.part)
 
     def options(self) -> dict[str, Any]:
@@ -70,38 +70,38 @@ def manifest_path(directory: Path, part: Part | None) -> Path:
     return directory / (MANIFEST_NAME if part is None else part_manifest_name(part.number, part.of))
 
 
-def new_manifest(request: Request, fetcher: Fetcher, say: Callable[[str], None]) -> Manifest:
+def new_manifest(job: Job, fetcher: Fetcher, say: Callable[[str], None]) -> Manifest:
     """The manifest of a data set of which nothing is made."""
-    validation = _validation(request, fetcher)
-    tokenizer: Tokenizer = gpt2_tokenizer() if request.tokenizer == "gpt2" else _characters(request, fetcher, say)
+    validation = _validation(job, fetcher)
+    tokenizer: Tokenizer = gpt2_tokenizer() if job.tokenizer == "gpt2" else _characters(job, fetcher, say)
     described, dtype = describe_tokenizer(tokenizer)
     return Manifest(
-        name=request.name,
+        name=job.name,
         complete=False,
-        source=request.source.to_dict(),
+        source=job.source.to_dict(),
         tokenizer=described,
         dtype=dtype,
-        options={**request.options(), "validation": validation},
-        part=(request.part.number, request.part.of) if request.part is not None else None,
+        options={**job.options(), "validation": validation},
+        part=(job.part.number, job.part.of) if job.part is not None else None,
     )
 
 
-def _validation(request: Request, fetcher: Fetcher) -> dict[str, int]:
+def _validation(job: Job, fetcher: Fetcher) -> dict[str, int]:
     """How much of the source's beginning is for validation: {"tokens": n} or {"documents": n}.
 
     What was asked for; else one shard; else, of a corpus that its files' sizes show to be smaller than ten shards,
     5 % of its documents, or of `max_tokens`.
     """
-    if request.val_tokens is not None:
-        return {"tokens": request.val_tokens}
-    expected = sum(file.estimated_tokens() for file in request.source.files)
-    if min(expected, request.max_tokens or expected) >= _SMALL_SHARDS * request.shard_tokens:
-        return {"tokens": request.shard_tokens}
-    if request.max_tokens is not None and request.max_tokens < expected:
-        return {"tokens": max(1, request.max_tokens * _SMALL_PERCENT // 100)}
+    if job.val_tokens is not None:
+        return {"tokens": job.val_tokens}
+    expected = sum(file.estimated_tokens() for file in job.source.files)
+    if min(expected, job.max_tokens or expected) >= _SMALL_SHARDS * job.shard_tokens:
+        return {"tokens": job.shard_tokens}
+    if job.max_tokens is not None and job.max_tokens < expected:
+        return {"tokens": max(1, job.max_tokens * _SMALL_PERCENT // 100)}
     documents = 0
-    for number, file in enumerate(request.source.files):
-        fetcher.start(range(number, len(request.source.files)))
+    for number, file in enumerate(job.source.files):
+        fetcher.start(range(number, len(job.source.files)))
         documents += count_documents(fetcher.get(number)[0], file.kind)
     if documents < 2:
         raise UserError(
@@ -111,13 +111,13 @@ def _validation(request: Request, fetcher: Fetcher) -> dict[str, int]:
     return {"documents": max(1, round(documents * _SMALL_PERCENT / 100))}
 
 
-def _characters(request: Request, fetcher: Fetcher, say: Callable[[str], None]) -> CharTokenizer:
+def _characters(job: Job, fetcher: Fetcher, say: Callable[[str], None]) -> CharTokenizer:
     """The vocabulary of all characters of the source, read once for the purpose."""
-    if request.part is not None:
+    if job.part is not None:
         raise UserError("--part with --tokenizer char: parts would not know each other's characters; make it in one")
     characters: set[str] = set()
-    with Workers(request.workers, None) as workers:
-        units = Units(request.source, Part(), fetcher, Position())
+    with Workers(job.workers, None) as workers:
+        units = Units(job.source, Part(), fetcher, SourcePosition())
         for unit, found in workers.run(units, characters_of_unit):
             characters |= found
             if unit.last:
@@ -128,16 +128,16 @@ def _characters(request: Request, fetcher: Fetcher, say: Callable[[str], None]) 
     return CharTokenizer("".join(sorted(characters)))
 
 
-def continued_manifest(request: Request, manifest: Manifest) -> Manifest:
-    """The manifest of an earlier run of the same request. UserError naming what differs."""
+def continued_manifest(job: Job, manifest: Manifest) -> Manifest:
+    """The manifest of an earlier run of the same job. UserError naming what differs."""
     old = {k: v for k, v in manifest.options.items() if k != "validation"}
-    now: dict[str, Any] = request.options()
+    now: dict[str, Any] = job.options()
     differences = [f"{k} was {old.get(k)}, now {now[k]}" for k in now if old.get(k) != now[k]]
-    if manifest.name != request.name:
-        differences.append(f"name was {manifest.name}, now {request.name}")
-    if manifest.tokenizer["name"] != request.tokenizer:
-        differences.append(f"tokenizer was {manifest.tokenizer['name']}, now {request.tokenizer}")
-    source = request.source.to_dict()
+    if manifest.name != job.name:
+        differences.append(f"name was {manifest.name}, now {job.name}")
+    if manifest.tokenizer["name"] != job.tokenizer:
+        differences.append(f"tokenizer was {manifest.tokenizer['name']}, now {job.tokenizer}")
+    source = job.source.to_dict()
     differences += [
         f"{k} was {manifest.source.get(k)}, now {source[k]}"
         for k in ("description", "revision")
@@ -152,7 +152,7 @@ def continued_manifest(request: Request, manifest: Manifest) -> Manifest:
     if differences:
         more = f", and {len(differences) - 5} more differences" if len(differences) > 5 else ""
         raise UserError(
-            f"{request.directory} was begun otherwise: {'; '.join(differences[:5])}{more}; run it as it was begun, "
+            f"{job.directory} was begun otherwise: {'; '.join(differences[:5])}{more}; run it as it was begun, "
             "or choose another --out"
         )
     return replace(manifest, source=source, failed_file=None)

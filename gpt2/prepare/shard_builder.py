@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2.errors import UserError
-from gpt2.tokens.manifest import Manifest, Position, ShardEntry, length_bin, save_manifest
+from gpt2.tokens.manifest import Manifest, ShardEntry, SourcePosition, length_bin, save_manifest
 from gpt2.tokens.shard_file import ShardWriter
 
 
@@ -66,7 +66,7 @@ class Layout:
         return self.directory / f"{prefix}_{index:06d}{self.suffix}"
 
 
-class Assembler:
+class ShardBuilder:
     """Takes units in order and writes shards `first` to `stop` - 1, or to the end of the source.
 
     Args:
@@ -96,14 +96,14 @@ class Assembler:
         self._documents = self._bytes = self._skipped = self._replaced = 0
         self._lengths: dict[int, int] = {}
 
-    def __enter__(self) -> Assembler:
+    def __enter__(self) -> ShardBuilder:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._writer is not None:
             self._writer.__exit__(*error)
 
-    def feed(self, unit: UnitTokens, place: Position) -> None:
+    def feed(self, unit: UnitTokens, place: SourcePosition) -> None:
         """Write a unit, which is at `place` in the source and whose first `place.skip` tokens are written already."""
         limit = self.layout.max_tokens
         at_limit = limit is not None and self.total + len(unit.tokens) - place.skip >= limit
@@ -211,7 +211,7 @@ class Assembler:
         edge = length_bin(length)
         self._lengths[edge] = self._lengths.get(edge, 0) + count
 
-    def _finish_shard(self, following: Position | None) -> None:
+    def _finish_shard(self, following: SourcePosition | None) -> None:
         assert self._writer is not None
         self._writer.finish()
         entry = ShardEntry(

@@ -24,9 +24,9 @@ import numpy as np
 from gpt2.errors import UserError
 from gpt2.prepare.documents import read_unit
 from gpt2.prepare.download import Fetcher
-from gpt2.prepare.shard_builder import Assembler, UnitTokens
+from gpt2.prepare.shard_builder import ShardBuilder, UnitTokens
 from gpt2.prepare.sources import FileProblem, Source
-from gpt2.tokens.manifest import Position
+from gpt2.tokens.manifest import SourcePosition
 from gpt2.tokens.tokenizer import GPT2Tokenizer, tokenizer_from_dict
 
 _WINDOW = 4
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 class Unit(NamedTuple):
     """A piece of work: where it is in the source, and on this machine."""
 
-    place: Position
+    place: SourcePosition
     path: Path
     kind: str
     last: bool  # of its file
@@ -75,7 +75,7 @@ def units_of_file(source: Source, number: int, units: int, part: Part) -> range:
 class Units:
     """The units of a part of a source from `start` on, in order, as their files arrive. Iterable once."""
 
-    def __init__(self, source: Source, part: Part, fetcher: Fetcher, start: Position) -> None:
+    def __init__(self, source: Source, part: Part, fetcher: Fetcher, start: SourcePosition) -> None:
         self._fetcher = fetcher
         self._source = source
         self._part = part
@@ -108,7 +108,7 @@ class Units:
                 done = (self._source.begins[number] + file.size * (unit + 1) / count) / max(self._source.begins[-1], 1)
                 done = min(max(done * self._part.of - (self._part.number - 1), 0.0), 1.0)
                 documents = contents.documents[unit] if contents.documents is not None else None
-                place = Position(number, unit, skip)
+                place = SourcePosition(number, unit, skip)
                 self._ready.append(Unit(place, path, file.kind, unit == units.stop - 1, done, documents))
             if not units:
                 self._fetcher.release(number)
@@ -179,10 +179,10 @@ def _worker_died() -> UserError:
 
 
 def assemble_units(
-    workers: Workers, units: Units, fetcher: Fetcher, assembler: Assembler, report: Callable[[Unit, int], None]
+    workers: Workers, units: Units, fetcher: Fetcher, builder: ShardBuilder, report: Callable[[Unit, int], None]
 ) -> None:
-    """Tokenize `units` into the assembler's shards; `report(unit, tokens so far)` is called after each."""
-    with assembler:
+    """Tokenize `units` into the builder's shards; `report(unit, tokens so far)` is called after each."""
+    with builder:
         for unit, result in workers.run(units, tokenize_unit):
             tokens = UnitTokens(*result)
             read = len(tokens.starts) + tokens.skipped
@@ -192,13 +192,13 @@ def assemble_units(
                     f"{unit.path}: row group {unit.place.unit} holds {unit.documents:,} rows by the file's index, and "
                     f"{read:,} were read; it has changed meanwhile",
                 )
-            assembler.feed(tokens, unit.place)
-            report(unit, assembler.total)
+            builder.feed(tokens, unit.place)
+            report(unit, builder.total)
             if unit.last:
                 fetcher.release(unit.place.file)
-            if assembler.done:
+            if builder.done:
                 break
-        assembler.finish()
+        builder.finish()
 
 
 class _Worker:

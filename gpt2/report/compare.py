@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from gpt2.config import Config
 from gpt2.errors import UserError
-from gpt2.report.runs import Run, bits_per_byte
+from gpt2.report.runs import RecordedRun, bits_per_byte
 
 Metric = Literal["val", "bits", "hellaswag", "tok_s"]
 
@@ -42,7 +42,7 @@ class Group:
     """Runs with the same settings, one for each seed."""
 
     settings: Mapping[str, Any]
-    runs: Mapping[int, Run]
+    runs: Mapping[int, RecordedRun]
     """By seed."""
 
 
@@ -71,7 +71,7 @@ class Comparison:
     """The smallest difference that these runs could have told from chance, at p = 0.05."""
 
 
-def settings_of(run: Run) -> dict[str, Any]:
+def settings_of(run: RecordedRun) -> dict[str, Any]:
     """What makes two runs comparable seed by seed: every setting but the incidental ones, and the data set's name."""
     try:
         config: Mapping[str, Any] = Config.from_dict(dict(run.config)).to_dict()  # fills in what an old version lacked
@@ -81,9 +81,9 @@ def settings_of(run: Run) -> dict[str, Any]:
     return flat | {"data": PurePath(str(flat.get("data", ""))).name, "dataset": str(run.start.get("dataset", ""))}
 
 
-def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[Run]]:
+def group_runs(runs: Sequence[RecordedRun]) -> tuple[list[Group], list[RecordedRun]]:
     """Runs by their settings, in the order of their first; and those left out, since their group has their seed."""
-    groups: list[tuple[dict[str, Any], dict[int, Run]]] = []
+    groups: list[tuple[dict[str, Any], dict[int, RecordedRun]]] = []
     left_out = []
     for run in runs:
         settings, seed = settings_of(run), run.config.get("run", {}).get("seed")
@@ -117,7 +117,7 @@ def central(groups: Sequence[Group]) -> Group:
     return min(groups, key=lambda group: sum(len(differing(group, other)) for other in groups))
 
 
-def value(run: Run, metric: Metric, tokens: int | None = None) -> float | None:
+def value(run: RecordedRun, metric: Metric, tokens: int | None = None) -> float | None:
     """A run's figure: that of its last evaluation, or of the last one within the first `tokens` training tokens.
 
     None where there is no such evaluation, where the figure is not finite, and where the run has not come that far.
@@ -185,7 +185,7 @@ def compared(values: Mapping[int, float], other: Mapping[int, float] | float, *,
     return Comparison(kind, difference, p, float(t.ppf(CONFIDENCE, df)) * difference.stderr)
 
 
-def reaches(run: Run, target: float, metric: Metric) -> tuple[int, float] | None:
+def reaches(run: RecordedRun, target: float, metric: Metric) -> tuple[int, float] | None:
     """Step and seconds of training at which an evaluation first was as good as the target; None: never.
 
     The seconds count training alone, up to the last logged step before that evaluation.

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt2.metrics import reference
 from gpt2.report.compare import bands, central, group_runs, names_of
-from gpt2.report.runs import Record, Run, bits_per_byte, distinct_names
+from gpt2.report.runs import Record, RecordedRun, bits_per_byte, distinct_names
 
 MAX_POINTS = 1500
 """Points a training curve is drawn with; longer ones are cut into so many parts of equal length."""
@@ -32,7 +32,7 @@ CURVES: Mapping[str, tuple[str, bool]] = {
 """Curve's name: field of a train line, and whether a part shows its largest value instead of its mean."""
 
 
-def report(runs: Sequence[Run], *, price: float | None = None, now: float | None = None) -> dict[str, Any]:
+def report(runs: Sequence[RecordedRun], *, price: float | None = None, now: float | None = None) -> dict[str, Any]:
     """Everything the page shows, as JSON values; what is not finite becomes None.
 
     Args:
@@ -58,7 +58,7 @@ def report(runs: Sequence[Run], *, price: float | None = None, now: float | None
     }
 
 
-def _groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _groups(runs: Sequence[RecordedRun]) -> list[dict[str, Any]]:
     """Mean curves of runs that differ in their seed alone; none where every run is one of its kind."""
     groups, _ = group_runs(runs)
     if all(len(group.runs) == 1 for group in groups):
@@ -66,7 +66,7 @@ def _groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return bands(groups, names_of(groups, central(groups)))
 
 
-def baselines(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def baselines(runs: Sequence[RecordedRun]) -> list[dict[str, Any]]:
     """GPT-2's validation loss for each corpus and size among the runs, each with the runs it is for."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for index, run in enumerate(runs):
@@ -77,7 +77,7 @@ def baselines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def milestones(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def milestones(runs: Sequence[RecordedRun]) -> list[dict[str, Any]]:
     """Points of the published runs that the runs are held against."""
     found: dict[str, dict[str, Any]] = {}
     for index, run in enumerate(runs):
@@ -89,7 +89,7 @@ def milestones(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def hellaswag_lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def hellaswag_lines(runs: Sequence[RecordedRun]) -> list[dict[str, Any]]:
     """Published acc_norm for each size and convention among the runs that were scored, and chance."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     scored = False
@@ -174,7 +174,7 @@ def _samples(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [sample for step in steps for sample in by_step[step]]
 
 
-def _run(run: Run, name: str, price: float | None, now: float | None) -> dict[str, Any]:
+def _run(run: RecordedRun, name: str, price: float | None, now: float | None) -> dict[str, Any]:
     hours = run.device_seconds / 3600
     val = run.records("val")
     hellaswag = run.records("hellaswag")

@@ -27,7 +27,7 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run's directory, read once."""
 
     directory: Path
@@ -187,7 +187,7 @@ def _add_seconds(records: Sequence[Record]) -> dict[str, float]:
     return total
 
 
-def open_run(directory: Path) -> Run:
+def open_run(directory: Path) -> RecordedRun:
     """Read a run's directory.
 
     Args:
@@ -212,7 +212,7 @@ def open_run(directory: Path) -> Run:
         raise UserError(f"{path} {what}; give a run that has begun, written by train_gpt2.py")
     with path.open("rb", buffering=0) as file:
         locked = not lock(file, shared=True)
-    return Run(directory, history, locked)
+    return RecordedRun(directory, history, locked)
 
 
 def find_runs(directory: Path) -> Iterator[Path]:

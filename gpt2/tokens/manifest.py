@@ -27,7 +27,7 @@ MAX_PARTS = 9999
 """Parts a data set may be made in: their numbers have four digits in file names."""
 
 
-class Position(NamedTuple):
+class SourcePosition(NamedTuple):
     """A place in the source: `skip` tokens into unit `unit` of file number `file`."""
 
     file: Count = 0
@@ -108,7 +108,7 @@ class ShardEntry:
     lengths: dict[int, Count] = field(default_factory=dict)
     skipped: Count = 0
     replaced: Count = 0
-    next: Position | None = None
+    next: SourcePosition | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Manifest:
         part, of = self.part or (1, 1)
         require(1 <= part <= of <= MAX_PARTS, f"part is [{part}, {of}]; it must be [i, n], 1 ≤ i ≤ n ≤ {MAX_PARTS}")
         names: set[str] = set()
-        place = Position()
+        place = SourcePosition()
         for number, shard in enumerate(self.shards):
             require(shard.file.lower() not in names, f"shards.{number}.file is {shard.file}, as is an earlier one's")
             names.add(shard.file.lower())

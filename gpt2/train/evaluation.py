@@ -16,7 +16,7 @@ from gpt2.generation.generate import generate
 from gpt2.generation.prompt import prompt_tokens
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
-from gpt2.hellaswag.score import evaluate as evaluate_hellaswag
+from gpt2.hellaswag.score import evaluate_hellaswag
 from gpt2.metrics.recorder import Metrics, NoMetrics
 from gpt2.model.gpt import GPT
 from gpt2.precision import autocast

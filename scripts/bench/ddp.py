@@ -21,7 +21,7 @@ import torch.distributed as dist
 from bench.common import Worker, add_model_arguments, configuration, positive, seconds, summary
 from gpt2.config import Config
 from gpt2.distributed.parallel import parallelize
-from gpt2.distributed.world import World, world
+from gpt2.distributed.world import World, joined_world
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.precision import resolve_dtype, set_matmul_precision
@@ -108,7 +108,7 @@ class Side:
 
     def __init__(self, config: Config, device: str, dtype: str, grad_accum_steps: int):
         self.stack = ExitStack()
-        self.world = self.stack.enter_context(world(device))
+        self.world = self.stack.enter_context(joined_world(device))
         if self.world.device.type == "cpu":
             torch.set_num_threads(1)
             cores = sorted(os.sched_getaffinity(0))

@@ -34,7 +34,7 @@ from gpt2.errors import UserError
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
 from gpt2.hellaswag.rows import make_rows, render
-from gpt2.hellaswag.score import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Head, evaluate
+from gpt2.hellaswag.score import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Head, evaluate_hellaswag
 from gpt2.model.attention import KVCache
 from gpt2.model.compile import compile_model
 from gpt2.model.gpt import GPT
@@ -99,7 +99,9 @@ class Side:
         make_rows.cache_clear()  # a first evaluation
         world = World(0, 0, 1, self.device)
         compiled = self.settings.compile
-        result = evaluate(self.model, examples, self.tokenizer, world=world, dtype=self.dtype, compiled=compiled)
+        result = evaluate_hellaswag(
+            self.model, examples, self.tokenizer, world=world, dtype=self.dtype, compiled=compiled
+        )
         return result.log_probs, {"tokens": result.tokens, "scored": result.scored}
 
     def kv(self, examples: tuple[Example, ...]) -> tuple[np.ndarray, dict[str, int]]:

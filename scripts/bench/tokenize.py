@@ -193,13 +193,13 @@ def _tokenize_in_memory(sources: list[str], encoder: str) -> dict[str, float]:
 def _ours(sources: list[str], directory: str, workers: int) -> dict[str, float]:
     """The pipeline as `data/fineweb.py` calls it, worker processes' start included."""
     from gpt2.prepare.build import prepare
-    from gpt2.prepare.job import Request
+    from gpt2.prepare.job import Job
     from gpt2.prepare.sources import local_source
 
     out = Path(directory)
     shutil.rmtree(out, ignore_errors=True)
     usage = _Usage()
-    request = Request(
+    job = Job(
         directory=out,
         name="bench",
         source=local_source(sources),
@@ -211,7 +211,7 @@ def _ours(sources: list[str], directory: str, workers: int) -> dict[str, float]:
         workers=workers,
         part=None,
     )
-    manifest = prepare(request, lambda line: None)
+    manifest = prepare(job, lambda line: None)
     return usage.result(sum(entry.tokens for entry in manifest.shards))
 
 

@@ -11,7 +11,7 @@ from small_runs import ALONE, finish
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from gpt2.distributed.parallel import place_like, whole
-from gpt2.distributed.world import WholeErrorFile, pick_device, world
+from gpt2.distributed.world import WholeErrorFile, joined_world, pick_device
 from gpt2.errors import UserError
 
 
@@ -24,7 +24,7 @@ def test_alone() -> None:
     assert ALONE.sum_(tensor) is tensor
     assert [name for name, _ in ALONE.share({"a": tensor})] == ["a"]
     assert list(ALONE.share(None)) == []
-    with world("cpu") as this:
+    with joined_world("cpu") as this:
         assert this == ALONE
         assert not torch.distributed.is_initialized()
 

@@ -18,7 +18,7 @@ from gpt2.config import GPTConfig
 from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.hellaswag.examples import content_lines
-from gpt2.hellaswag.score import evaluate
+from gpt2.hellaswag.score import evaluate_hellaswag
 from gpt2.model.pretrained import save_pretrained
 from gpt2.tokens.tokenizer import gpt2_tokenizer
 
@@ -65,7 +65,7 @@ def test_two_processes_report_what_the_library_finds(place: Path) -> None:
     model = make_model(SHAPES["gpt2"])
     alone = World(0, 0, 1, torch.device("cpu"))
     for entry, convention in zip(summary["results"], ("completion", "harness"), strict=True):
-        result = evaluate(model, make_examples(6), gpt2_tokenizer(), world=alone, convention=convention)
+        result = evaluate_hellaswag(model, make_examples(6), gpt2_tokenizer(), world=alone, convention=convention)
         assert entry["convention"] == convention
         assert (entry["acc"], entry["acc_norm"]) == (result.acc, result.acc_norm)
         assert entry["acc_norm_stderr"] == pytest.approx(result.acc_norm_stderr)
@@ -105,7 +105,7 @@ def test_figures_stand_beside_the_published_ones_of_their_size() -> None:
     alone = World(0, 0, 1, torch.device("cpu"))
     small = make_model(SHAPES["gpt2"])
     results = {
-        convention: evaluate(small, make_examples(3), gpt2_tokenizer(), world=alone, convention=convention)
+        convention: evaluate_hellaswag(small, make_examples(3), gpt2_tokenizer(), world=alone, convention=convention)
         for convention in ("completion", "harness")
     }
     with torch.device("meta"):

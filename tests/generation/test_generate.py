@@ -12,7 +12,7 @@ import torch
 
 from gpt2.config import GPTConfig, RunConfig
 from gpt2.distributed.parallel import parallelize
-from gpt2.distributed.world import world
+from gpt2.distributed.world import joined_world
 from gpt2.errors import UserError
 from gpt2.generation.generate import generate, stream
 from gpt2.model.attention import KVCache
@@ -258,7 +258,7 @@ def sample_sharded(rank: int, port: int, out: Path) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    with world("cpu") as this:
+    with joined_world("cpu") as this:
         model = parallelize(build(), RunConfig(parallel="fsdp", compile=False), this, "fp32", 1)
         options: dict[str, Any] = {"max_new_tokens": 20, "seed": 3, "top_k": 20}
         texts = [generate(model, PROMPTS, **options) for _ in range(2)]  # FSDP leaves the root gathered after the first

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gpt2.hellaswag.rows
 from gpt2.hellaswag.examples import Example, parse_jsonl
-from gpt2.hellaswag.rows import make_rows, pack, plan, preprocess, render, tokenize
+from gpt2.hellaswag.rows import make_batches, make_rows, pack, preprocess, render, tokenize
 from gpt2.tokens.tokenizer import gpt2_tokenizer
 
 
@@ -159,7 +159,7 @@ def test_what_does_not_fit_loses_its_beginning_as_in_the_harness() -> None:
     st.sampled_from([1, 8, 64]),
 )
 def test_plan_gives_each_row_once_within_the_budget(lengths: list[int], processes: int, budget: int, k: int) -> None:
-    batches = plan(np.array(lengths), processes, budget, k)
+    batches = make_batches(np.array(lengths), processes, budget, k)
     assert sorted(i for batch in batches for i in batch.members) == list(range(len(lengths)))
     for batch in batches:
         assert batch.length % k == 0
@@ -179,5 +179,5 @@ def test_real_rows_are_the_arithmetic_the_module_promises() -> None:
     assert sum(1 + sum(len(e) - 1 for e in row.endings) for row in made.rows) == 1_235_066
     assert made.lengths.sum() == 1_265_192  # tokens scored: REFERENCE's figure
     for processes, budget, multiple, padding in ((1, 2048, 1, 1.01), (1, 16_384, 8, 1.03), (8, 16_384, 8, 1.1)):
-        batches = plan(lengths, processes, budget, multiple)
+        batches = make_batches(lengths, processes, budget, multiple)
         assert sum(batch.rows * batch.length for batch in batches) * processes < padding * lengths.sum()

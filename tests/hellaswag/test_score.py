@@ -21,12 +21,12 @@ from torch import Tensor
 import gpt2.hellaswag.download
 from gpt2.config import GPTConfig, RunConfig
 from gpt2.distributed.parallel import parallelize
-from gpt2.distributed.world import World, world
+from gpt2.distributed.world import World, joined_world
 from gpt2.errors import UserError
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example
 from gpt2.hellaswag.rows import CONVENTIONS, Convention, Rows, make_rows
-from gpt2.hellaswag.score import Head, Result, _result, evaluate
+from gpt2.hellaswag.score import Head, Result, _result, evaluate_hellaswag
 from gpt2.model.gpt import GPT
 from gpt2.tokens.tokenizer import CharTokenizer, gpt2_tokenizer
 
@@ -41,7 +41,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def score(model: GPT, examples: tuple[Example, ...], **options: Any) -> Result:
-    return evaluate(model, examples, gpt2_tokenizer(), world=ALONE, **options)
+    return evaluate_hellaswag(model, examples, gpt2_tokenizer(), world=ALONE, **options)
 
 
 def assert_same(result: Result, other: Result) -> None:
@@ -136,7 +136,7 @@ def _evaluate_in_process(rank: int, size: int, port: int, examples: tuple[Exampl
 
     gpt2.hellaswag.download._SPLITS["val"] = gpt2.hellaswag.download._Split("validation", len(examples), None)
     gpt2.hellaswag.download._SOURCES = {"first": fail, "second": fetch}
-    with world("cpu") as this:
+    with joined_world("cpu") as this:
         loaded = load_examples(world=this)
         gpt2.hellaswag.download._SOURCES = {"first": fail}
         try:
@@ -146,10 +146,10 @@ def _evaluate_in_process(rank: int, size: int, port: int, examples: tuple[Exampl
         shapes: list[tuple[int, ...]] = []
         model = make_model(SHAPES["gpt2"])
         model.h[0].register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-        result = evaluate(model, loaded, gpt2_tokenizer(), world=this, token_budget=300)
+        result = evaluate_hellaswag(model, loaded, gpt2_tokenizer(), world=this, token_budget=300)
         sharded = parallelize(make_model(SHAPES["gpt2"]), RunConfig(parallel="fsdp", compile=False), this, "fp32", 1)
         for _ in range(2):  # FSDP leaves the root gathered after the first
-            again = evaluate(sharded, loaded, gpt2_tokenizer(), world=this, token_budget=300)
+            again = evaluate_hellaswag(sharded, loaded, gpt2_tokenizer(), world=this, token_budget=300)
             np.testing.assert_allclose(again.log_probs, result.log_probs, rtol=0, atol=TOLERANCE)
     torch.save((result.log_probs, result.acc, result.acc_norm, result.scored, shapes, failure), out / f"{rank}.pt")
 
@@ -328,7 +328,7 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
     with pytest.raises(UserError, match="no HellaSwag examples"):
         score(model, ())
     with pytest.raises(UserError, match="50257"):
-        evaluate(model, make_examples(1), CharTokenizer("ab"), world=ALONE)
+        evaluate_hellaswag(model, make_examples(1), CharTokenizer("ab"), world=ALONE)
     small = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=65)).init_weights(0)
     with pytest.raises(UserError, match="65"):
         score(small, make_examples(1))

@@ -17,7 +17,7 @@ from repository import SHARED_DATA
 from gpt2.errors import UserError
 from gpt2.prepare.build import prepare
 from gpt2.prepare.documents import Contents, count_units
-from gpt2.prepare.job import Request
+from gpt2.prepare.job import Job
 from gpt2.prepare.sources import Source, SourceFile, local_source
 from gpt2.prepare.workers import Part, files_of_part, units_of_file
 from gpt2.tokens.dataset import open_dataset
@@ -56,8 +56,8 @@ def stream(texts: list[str]) -> list[int]:
     return [t for text in texts for t in (EOT, *gpt2_tokenizer().encode(text))]
 
 
-def request(directory: Path, source: str | Path, **changes) -> Request:
-    made = Request(
+def job(directory: Path, source: str | Path, **changes) -> Job:
+    made = Job(
         directory=directory,
         name="x",
         source=local_source([str(source)]),
@@ -80,8 +80,8 @@ def test_parquet_to_shards_is_what_one_process_writes(tmp_path):
     texts = documents(60)
     source = write_parquet(tmp_path / "source", texts)
     said: list[str] = []
-    manifest = prepare(request(tmp_path / "one", source), said.append)
-    prepare(request(tmp_path / "three", source, workers=3), said.append)
+    manifest = prepare(job(tmp_path / "one", source), said.append)
+    prepare(job(tmp_path / "three", source, workers=3), said.append)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     ordered = in_order(texts)
     val = round(60 * 0.05)  # a small corpus: 5 % of its documents
@@ -99,13 +99,13 @@ def test_parquet_to_shards_is_what_one_process_writes(tmp_path):
     before = contents(tmp_path / "one")
     victim, untouched = tmp_path / "one" / manifest.shards[2].file, tmp_path / "one" / manifest.shards[3].file
     age = untouched.stat().st_mtime_ns
-    assert prepare(request(tmp_path / "one", source), said.append) == manifest
+    assert prepare(job(tmp_path / "one", source), said.append) == manifest
     assert "complete and verified" in said[-1]
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
     (tmp_path / "one" / manifest.shards[-1].file).unlink()
-    again = prepare(request(tmp_path / "one", source), said.append)
+    again = prepare(job(tmp_path / "one", source), said.append)
     assert any(f"{victim.name} is missing or damaged" in line for line in said)
     assert contents(tmp_path / "one") == before
     assert untouched.stat().st_mtime_ns == age
@@ -124,7 +124,7 @@ def test_other_formats_and_bin(tmp_path):
     (source / "d.txt").write_text("one whole file,\n\nis one document")
     (source / "e.txt").write_bytes(b"latin-1: caf\xe9")
     out = tmp_path / "out"
-    manifest = prepare(request(out, source, suffix=".bin", val_tokens=40), lambda line: None)
+    manifest = prepare(job(out, source, suffix=".bin", val_tokens=40), lambda line: None)
     everything = [*texts, "one whole file,\n\nis one document", "latin-1: caf\ufffd"]
     words, tokens = [], []
     for entry in manifest.shards:
@@ -146,12 +146,12 @@ def test_document_longer_than_shards_and_limit(tmp_path):
     (source / "a.txt").write_text("first")
     (source / "b.txt").write_text("word " * 3000)
     (source / "c.txt").write_text("last")
-    manifest = prepare(request(tmp_path / "out", source), lambda line: None)
+    manifest = prepare(job(tmp_path / "out", source), lambda line: None)
     assert manifest.statistics()["documents"] == 3
     whole = stream(["first", "word " * 3000, "last"])
     dataset = open_dataset(tmp_path / "out")
     assert dataset.train.read(0, len(dataset.train)).tolist() == whole[2:]
-    limited = prepare(request(tmp_path / "limited", source, max_tokens=1000, val_tokens=1), lambda line: None)
+    limited = prepare(job(tmp_path / "limited", source, max_tokens=1000, val_tokens=1), lambda line: None)
     assert limited.statistics()["tokens"] == 1000
     assert open_dataset(tmp_path / "limited").train.read(0, 998).tolist() == whole[2:1000]
 
@@ -159,7 +159,7 @@ def test_document_longer_than_shards_and_limit(tmp_path):
 def test_characters_of_a_source(tmp_path):
     texts = documents(20)
     source = write_parquet(tmp_path / "source", texts)
-    manifest = prepare(request(tmp_path / "out", source, tokenizer="char", val_tokens=50), lambda line: None)
+    manifest = prepare(job(tmp_path / "out", source, tokenizer="char", val_tokens=50), lambda line: None)
     dataset = open_dataset(tmp_path / "out")
     ordered = in_order(texts)
     assert manifest.tokenizer["chars"] == "".join(sorted(set("".join(ordered))))
@@ -167,7 +167,7 @@ def test_characters_of_a_source(tmp_path):
     assert dataset.tokenizer().decode(tokens) == "".join(ordered)
     assert manifest.statistics()["documents"] == len(ordered)
     with pytest.raises(UserError, match="--part with --tokenizer char"):
-        prepare(request(tmp_path / "part", source, tokenizer="char", part=Part(1, 2)), lambda line: None)
+        prepare(job(tmp_path / "part", source, tokenizer="char", part=Part(1, 2)), lambda line: None)
 
 
 def test_parts_merge_into_the_whole(tmp_path):
@@ -175,7 +175,7 @@ def test_parts_merge_into_the_whole(tmp_path):
     source = write_parquet(tmp_path / "source", texts)
     out = tmp_path / "out"
     for number in (3, 1, 2):
-        prepare(request(out, source, part=Part(number, 3), val_tokens=100), lambda line: None)
+        prepare(job(out, source, part=Part(number, 3), val_tokens=100), lambda line: None)
         with pytest.raises(UserError, match="merge"):
             open_dataset(out)
         if number == 1:
@@ -190,19 +190,19 @@ def test_parts_merge_into_the_whole(tmp_path):
     assert [p.name for p in dataset.train.paths] == sorted(p.name for p in dataset.train.paths)
     (out / MANIFEST_NAME).unlink()
     with pytest.raises(UserError, match="of another origin"):
-        prepare(request(out, source), lambda line: None)
+        prepare(job(out, source), lambda line: None)
 
 
 def test_more_parts_than_units(tmp_path):
     source = write_parquet(tmp_path / "source", documents(12), files=1, rows=6)
     out = tmp_path / "out"
     for number in range(1, 5):
-        prepare(request(out, source, part=Part(number, 4), val_tokens=10), lambda line: None)
+        prepare(job(out, source, part=Part(number, 4), val_tokens=10), lambda line: None)
     assert [len(load_manifest(p).shards) > 0 for p in sorted(out.glob("manifest.part*"))].count(True) == 2
     assert not list(out.glob("*_val_*"))  # the first row group's middle is in part 2
     with pytest.raises(UserError, match="would have no val shard"):
         merge_parts(out)
-    assert prepare(request(tmp_path / "two", source, part=Part(1, 2), val_tokens=10), lambda line: None).complete
+    assert prepare(job(tmp_path / "two", source, part=Part(1, 2), val_tokens=10), lambda line: None).complete
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "text"])
@@ -229,7 +229,7 @@ def test_changed_request_or_source_is_refused_with_the_difference(tmp_path):
     texts = documents(40)
     source = write_parquet(tmp_path / "source", texts)
     out = tmp_path / "out"
-    prepare(request(out, source), lambda line: None)
+    prepare(job(out, source), lambda line: None)
     before = contents(out)
     for changes, message in (
         ({"shard_tokens": 700}, "shard_tokens was 500, now 700"),
@@ -239,14 +239,14 @@ def test_changed_request_or_source_is_refused_with_the_difference(tmp_path):
         ({"name": "y"}, "name was x, now y"),
     ):
         with pytest.raises(UserError, match=message):
-            prepare(request(out, source, **changes), lambda line: None)
+            prepare(job(out, source, **changes), lambda line: None)
     (source / "001.parquet").rename(source / "004.parquet")
     with pytest.raises(UserError, match=r"source file 001\.parquet is gone; source file 004\.parquet is new"):
-        prepare(request(out, source), lambda line: None)
+        prepare(job(out, source), lambda line: None)
     (source / "004.parquet").rename(source / "001.parquet")
     pq.write_table(pa.table({"text": ["other"]}), source / "001.parquet")
     with pytest.raises(UserError, match=r"source file 001\.parquet has changed"):
-        prepare(request(out, source), lambda line: None)
+        prepare(job(out, source), lambda line: None)
     assert contents(out) == before
 
 
@@ -263,12 +263,12 @@ def test_damaged_file_stops_and_its_repair_continues(tmp_path):
     with pytest.raises(
         UserError, match=r"1\.jsonl: the line at byte .* is not JSON .* finished shards are kept"
     ) as error:
-        prepare(request(out, source, val_tokens=300), lambda line: None)
+        prepare(job(out, source, val_tokens=300), lambda line: None)
     assert "\n" not in str(error.value)
     kept = contents(out)
     assert len(kept) > 2
     (source / "1.jsonl").write_bytes(good)
-    prepare(request(out, source, val_tokens=300), lambda line: None)
+    prepare(job(out, source, val_tokens=300), lambda line: None)
     assert kept.items() <= contents(out).items()
     dataset = open_dataset(out)
     assert len(dataset.val) + len(dataset.train) == len(stream(texts[:57]))
@@ -280,7 +280,7 @@ def test_wrong_requests_are_told_in_one_line(tmp_path):
 
     def message(out="out", **changes):
         with pytest.raises(UserError) as error:
-            prepare(request(tmp_path / out, source, **changes), lambda line: None)
+            prepare(job(tmp_path / out, source, **changes), lambda line: None)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -312,23 +312,23 @@ def test_two_at_once_are_refused(tmp_path):
     with open(out / f".{MANIFEST_NAME}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is at work"):
-            prepare(request(out, source), lambda line: None)
-    prepare(request(out, source), lambda line: None)
+            prepare(job(out, source), lambda line: None)
+    prepare(job(out, source), lambda line: None)
 
 
 def test_worker_that_dies_is_told_and_what_is_finished_stays(tmp_path, monkeypatch):
     source = write_parquet(tmp_path / "source", documents(9))
     monkeypatch.setattr("gpt2.prepare.workers.tokenize_unit", _die)
     with pytest.raises(UserError, match="a worker process died"):
-        prepare(request(tmp_path / "out", source), lambda line: None)
+        prepare(job(tmp_path / "out", source), lambda line: None)
     monkeypatch.undo()
     assert load_manifest(tmp_path / "out" / MANIFEST_NAME).complete is False
-    assert prepare(request(tmp_path / "out", source), lambda line: None).complete
+    assert prepare(job(tmp_path / "out", source), lambda line: None).complete
 
 
 def test_source_that_vanishes_is_told(tmp_path, monkeypatch):
     source = write_parquet(tmp_path / "source", documents(9))
-    made = request(tmp_path / "out", source, val_tokens=10)
+    made = job(tmp_path / "out", source, val_tokens=10)
     monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind: path.unlink() or Contents(1))
     with pytest.raises(UserError, match=r"00\d\.parquet.*replace the file"):
         prepare(made, lambda line: None)
@@ -351,7 +351,7 @@ def test_no_document_is_lost_among_many_small_files(tmp_path, runs):
     texts = small_files(tmp_path / "source", 400 if runs > 1 else 120)
     for number in range(runs):
         out = tmp_path / f"out{number}"
-        manifest = prepare(request(out, tmp_path / "source", shard_tokens=10**6, val_tokens=50), lambda line: None)
+        manifest = prepare(job(out, tmp_path / "source", shard_tokens=10**6, val_tokens=50), lambda line: None)
         assert manifest.statistics()["documents"] == len(texts)
         dataset = open_dataset(out)
         tokens = [*dataset.val.read(0, len(dataset.val)), *dataset.train.read(0, len(dataset.train))]
@@ -371,7 +371,7 @@ def test_rows_read_are_held_against_the_files_own_count(tmp_path, monkeypatch):
     source = write_parquet(tmp_path / "source", documents(9))
     monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind: Contents(1, (4,)))
     with pytest.raises(UserError, match=r"row group 0 holds 4 rows by the file's index, and 3 were read"):
-        prepare(request(tmp_path / "out", source, val_tokens=10), lambda line: None)
+        prepare(job(tmp_path / "out", source, val_tokens=10), lambda line: None)
 
 
 def _die(path, kind, unit):
@@ -381,7 +381,7 @@ def _die(path, kind, unit):
 def test_check_finds_every_kind_of_fault(tmp_path):
     source = write_parquet(tmp_path / "source", documents(30))
     out = tmp_path / "out"
-    manifest = prepare(request(out, source), lambda line: None)
+    manifest = prepare(job(out, source), lambda line: None)
     entry = manifest.shards[1]
     path = out / entry.file
     good = path.read_bytes()
@@ -414,7 +414,7 @@ def test_check_finds_every_kind_of_fault(tmp_path):
 def test_real_documents_against_their_own_token_counts(tmp_path):
     """One file of 1,192 real documents: the ids are tiktoken's, the lengths are the `token_count` column's."""
     file = SAMPLE / "000_00000.parquet"
-    manifest = prepare(request(tmp_path / "out", file, shard_tokens=400_000, workers=2), lambda line: None)
+    manifest = prepare(job(tmp_path / "out", file, shard_tokens=400_000, workers=2), lambda line: None)
     table = pq.read_table(file, columns=["text", "token_count"])
     dataset = open_dataset(tmp_path / "out")
     tokens = np.concatenate([dataset.val.read(0, len(dataset.val)), dataset.train.read(0, len(dataset.train))])

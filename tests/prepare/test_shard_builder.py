@@ -12,12 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt2.errors import UserError
-from gpt2.prepare.shard_builder import Assembler, Layout, UnitTokens
+from gpt2.prepare.shard_builder import Layout, ShardBuilder, UnitTokens
 from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.manifest import (
     MANIFEST_NAME,
     Manifest,
-    Position,
+    SourcePosition,
     length_bin,
     load_manifest,
     merge_lengths,
@@ -46,7 +46,7 @@ def make_units(documents: list[list[int]], units: list[list[int]]) -> list[UnitT
 
 
 def assemble(directory: Path, units: list[UnitTokens], first: int = 0, stop: int | None = None, **options) -> Manifest:
-    """Run the assembler from shard `first`, as `prepare` does."""
+    """Run the builder from shard `first`, as `prepare` does."""
     layout = Layout(
         directory,
         "x_train",
@@ -56,15 +56,15 @@ def assemble(directory: Path, units: list[UnitTokens], first: int = 0, stop: int
     )
     path = directory / MANIFEST_NAME
     manifest = load_manifest(path) if path.exists() else Manifest("x", False, {}, tokenizer_to_dict(_GPT2()), "uint16")
-    start = manifest.shards[first - 1].next if first else Position()
-    with Assembler(layout, manifest, path, first, stop) as assembler:
+    start = manifest.shards[first - 1].next if first else SourcePosition()
+    with ShardBuilder(layout, manifest, path, first, stop) as builder:
         for number in range(start.unit, len(units)):
             skip = start.skip if number == start.unit else 0
-            assembler.feed(units[number], Position(0, number, skip))
-            if assembler.done:
+            builder.feed(units[number], SourcePosition(0, number, skip))
+            if builder.done:
                 break
-        assembler.finish()
-    return assembler.manifest
+        builder.finish()
+    return builder.manifest
 
 
 def contents(manifest: Manifest, directory: Path) -> list[list[int]]:

@@ -18,21 +18,21 @@ from repository import load_script
 from gpt2.errors import UserError
 from gpt2.metrics.jsonl import MetricsFile
 from gpt2.report.content import MAX_POINTS, MAX_SAMPLES, differences, report, thin
-from gpt2.report.runs import Run, open_run
+from gpt2.report.runs import RecordedRun, open_run
 
 
 @pytest.fixture(scope="module")
-def edu(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def edu(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
     return open_run(write_run(tmp_path_factory.mktemp("edu") / "run"))
 
 
 @pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def web(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
     directory = tmp_path_factory.mktemp("web") / "run"
     return open_run(write_run(directory, dataset="fineweb", until=1200, learning_rate=1e-3))
 
 
-def test_content_is_strict_json_of_bounded_size(edu: Run) -> None:
+def test_content_is_strict_json_of_bounded_size(edu: RecordedRun) -> None:
     content = report([edu], price=2.0, now=0.0)
     assert len(json.dumps(content, allow_nan=False)) < 400_000
     (run,) = content["runs"]
@@ -44,7 +44,7 @@ def test_content_is_strict_json_of_bounded_size(edu: Run) -> None:
     assert report([edu])["runs"][0]["cost"] is None
 
 
-def test_baselines_are_each_for_their_own_runs(edu: Run, web: Run, tmp_path: Path) -> None:
+def test_baselines_are_each_for_their_own_runs(edu: RecordedRun, web: RecordedRun, tmp_path: Path) -> None:
     small = open_run(write_run(tmp_path / "small", **tiny(dataset="fineweb")))
     docs = open_run(write_run(tmp_path / "docs", **tiny(model=GPT2)))
     content = report([edu, web, small, docs, web])
@@ -91,7 +91,7 @@ def test_restarts_and_skips_are_told(tmp_path: Path) -> None:
     assert run["train"]["step"] == list(range(10, 1501, 10))
 
 
-def test_differences_name_settings_that_differ_and_not_the_directory(edu: Run, web: Run) -> None:
+def test_differences_name_settings_that_differ_and_not_the_directory(edu: RecordedRun, web: RecordedRun) -> None:
     assert differences([edu.config, web.config]) == [{"name": "optim.learning_rate", "values": [6e-4, 1e-3]}]
     assert differences([edu.config]) == []
     moved = {"run": {"run_dir": "elsewhere"}}
