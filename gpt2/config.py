@@ -255,7 +255,7 @@ class OptimConfig:
     """Their a, b, c: X becomes a X + (b A + c A²) X, with A = X Xᵀ. These are Jordan's (2024); 2 -1.5 0.5 converge."""
     muon_qkv: Literal["auto", "apart", "together"] = "auto"
     """Whether Muon orthogonalises the queries', keys' and values' matrices apart, or as the one they are stored in;
-    auto: apart, but a run goes on as it began, and runs of versions without this setting began together."""
+    auto: apart; a resumed run keeps what it began with, which is together for versions without this setting."""
     normuon: bool = False
     """Even out the rows of Muon's updates (NorMuon, Li et al. 2025, arXiv 2510.05491); its published setting on the
     124M is muon_learning_rate 0.035 with muon_weight_decay 0.025."""
@@ -303,9 +303,9 @@ class RunConfig:
     """Start from these weights: a run, a checkpoint, a transformers GPT-2 directory, or a name on the Hub (gpt2).
     The model's shape is then theirs; a smaller block_size may be asked for."""
     resume: str = "auto"
-    """auto: go on from the run's newest complete checkpoint if there is one; never; or a checkpoint's path."""
+    """auto: resume from the run's newest complete checkpoint if there is one; never; or a checkpoint's path."""
     allow_config_change: bool = False
-    """Let a resumed run go on with changed settings that alter its results (learning rate, steps, batch, ...)."""
+    """Let a run resume with changed settings that alter its results (learning rate, steps, batch, ...)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient norm that is not finite: stop before the update (exit code 3), or skip the update; five in
     a row end the run all the same."""

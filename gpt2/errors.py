@@ -98,7 +98,7 @@ class OutlivingStream:
 
 @contextmanager
 def outliving_output() -> Iterator[None]:
-    """Within the block, work goes on where nobody can read stdout or stderr any more."""
+    """Within the block, work continues even if nobody can read stdout or stderr any more."""
     out, err = (cast("TextIO", OutlivingStream(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
         yield

@@ -63,7 +63,7 @@ def finish(file: IO[Any], temporary: Path, path: Path, *, sync: bool = True) -> 
 
     Args:
         file: holds its whole content.
-        temporary: where it was opened.
+        temporary: the file's path until then.
         path: its name from now on; another file of that name is replaced.
         sync: survive a power cut, too.
     """
@@ -208,7 +208,7 @@ def check(value: Any, schema: type[T], where: str) -> T:
     """The value as an object of `schema`.
 
     Args:
-        value: of `parse_json`.
+        value: what `parse_json` returned.
         schema: any type that pydantic knows, such as a dataclass; `__pydantic_config__ = FORBID` in it refuses fields
             it does not have.
         where: what errors call it, such as the file's path.

@@ -19,7 +19,7 @@ def resolve_dtype(choice: str, device: torch.device) -> str:
         device: it is for. Where bf16 is asked for and the device emulates it, that is said.
 
     Raises:
-        UserError: the device can't.
+        UserError: the device cannot compute in it.
     """
     has_bf16 = multiplies_bf16(device)
     if choice == "auto":

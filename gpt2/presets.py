@@ -117,7 +117,7 @@ def presets() -> dict[str, tuple[str, Config]]:
             _gpt2("gpt2-large", 36, 20, 1280, 16, learning_rate=2.5e-4),
         ),
         "gpt2-xl": (
-            "GPT-2 1558M, the same data; --parallel fsdp where 16 bytes a parameter do not fit",
+            "GPT-2 1558M, the same data; --parallel fsdp where 16 bytes per parameter do not fit",
             _gpt2("gpt2-xl", 48, 25, 1600, 8, learning_rate=2e-4),
         ),
         "gpt2-3.28": (
@@ -230,7 +230,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     description = (
         "Train a GPT-2. The first word names a preset (gpt2 if there is none):\n"
         f"{lines}\n"
-        "--config RUN/config.json in its place goes on with a run, or repeats it in another --run. Each setting "
+        "--config RUN/config.json in its place resumes a run, or repeats it in another --run. Each setting "
         "below is a flag; the defaults shown are the preset's."
     )
     # From rank 0 only: torchrun's other processes would say the same of the same words.

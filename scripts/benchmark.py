@@ -27,7 +27,7 @@ BENCHMARKS = {
     "train": "a training step: ours, the plain model and transformers, eager and compiled; AdamW, Muon",
     "tokenize": "text to token shards",
     "hellaswag": "the evaluator",
-    "loader": "start-up and tokens a second of the data loader",
+    "loader": "start-up and tokens per second of the data loader",
     "generate": "sampling with a key-value cache",
     "ddp": "several processes against one",
 }

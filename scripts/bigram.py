@@ -181,7 +181,7 @@ def train_mlp(
         model: (N,) ids to (N, V) logits.
         counts: (V, V) of the training split.
         val_counts: (V, V) of the validation split.
-        steps: of training.
+        steps: training steps.
         optimizer: "adam", whose learning rate falls linearly to 0, or "sgd", whose rate is constant.
         lr: the first learning rate.
         name: said while it takes long.
@@ -336,7 +336,7 @@ def plot(rows: Sequence[Baseline], trainings: dict[str, Training], floors: dict[
 
 
 def read_text(path: Path, characters: int | None) -> str:
-    """The text to study; UserError where it can't be read or is too short."""
+    """The text to study; UserError where it cannot be read or is too short."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -96,7 +96,7 @@ def main() -> None:
     directory = resolve_model(args.model)
     examples = [e for e in spread(load_examples(args.data), args.limit) if e.label is not None]
     if not examples:
-        raise UserError(f"no example of {args.data} has a label; the harness can't score them")
+        raise UserError(f"no example of {args.data} has a label; the harness cannot score them")
     command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={directory},dtype={args.dtype}"]
     command += ["--tasks", "hellaswag", "--device", args.device, "--batch_size", str(args.batch_size)]
     print("the same with the harness's own command and download:", shlex.join(command))

@@ -93,7 +93,7 @@ def positive(text: str) -> float:
 
 
 def main() -> int:
-    """Write the report; with --watch again and again while a run goes on."""
+    """Write the report; with --watch again and again while a run trains."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

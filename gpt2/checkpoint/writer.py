@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on, and which of the old ones stay."""
+"""Checkpoints written while training continues, and which of the old ones stay."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def enable_flight_recorder(directory: Path) -> None:
     nccl writes them by itself when it gives up waiting.
 
     Args:
-        directory: for the files; need not exist yet.
+        directory: receives the files; need not exist yet.
     """
     # nccl's watchdog adds the rank to the name.
     prefix = str((directory / "collectives_rank").absolute())

@@ -29,7 +29,7 @@ def parallelize(model: GPT, config: RunConfig, world: World, dtype: str, grad_ac
         grad_accum_steps: forward and backward passes a step.
 
     Returns:
-        The module to call for a loss; `model` itself goes on serving evaluation, sampling and checkpoints.
+        The module to call for a loss; `model` itself still serves evaluation, sampling and checkpoints.
     """
     model.activation_checkpointing = config.activation_checkpointing
     if config.compile:

@@ -172,7 +172,7 @@ def pick_device(choice: str, local_rank: int = 0, local_size: int = 1) -> torch.
     Raises:
         UserError: the device does not exist here, or not for all of the machine's processes.
     """
-    if choice == "auto":  # a Mac has one GPU, which processes can't share: several of them compute on its CPU
+    if choice == "auto":  # a Mac has one GPU, which processes cannot share: several of them compute on its CPU
         mps = torch.backends.mps.is_available() and local_size == 1
         choice = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
@@ -182,12 +182,12 @@ def pick_device(choice: str, local_rank: int = 0, local_size: int = 1) -> torch.
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not available here; use --device cpu")
     if device.type == "mps" and local_size > 1:
-        raise UserError(f"{local_size} processes can't share device mps; start one, or use --device cpu")
+        raise UserError(f"{local_size} processes cannot share device mps; start one, or use --device cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if device.index is not None and local_size > 1:
             raise UserError(
-                f"{local_size} processes can't share device {choice}; use --device cuda, which gives each its own"
+                f"{local_size} processes cannot share device {choice}; use --device cuda, which gives each its own"
             )
         last = local_size - 1 if device.index is None else device.index
         if last >= count:

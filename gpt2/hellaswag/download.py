@@ -90,7 +90,7 @@ def _load(path: Path | None, split: str) -> tuple[Example, ...]:
             print(f"cannot keep HellaSwag in {cached}: {error.strerror or error}", file=sys.stderr)
         return examples
     raise UserError(
-        f"HellaSwag's {split} split is not to be had ({'; '.join(failures)}); download hellaswag_{split}.jsonl "
+        f"HellaSwag's {split} split could not be downloaded ({'; '.join(failures)}); download hellaswag_{split}.jsonl "
         "elsewhere and give it as a file"
     )
 

@@ -88,7 +88,7 @@ def tokenize(examples: tuple[Example, ...], tokenizer: GPT2Tokenizer, convention
 
 @dataclass(frozen=True)
 class Row:
-    """One context and the endings that go on from it.
+    """One context and the endings that continue it.
 
     Attributes:
         context: its tokens, at least one.
@@ -160,7 +160,7 @@ class Batch:
     Attributes:
         members: indices of the rows, dealt out in turn; fewer than rows · processes in the last batch.
         rows: rows a process, filled up with empty ones.
-        length: tokens a row.
+        length: tokens per row.
     """
 
     members: np.ndarray
@@ -176,8 +176,8 @@ def make_batches(lengths: np.ndarray, processes: int, token_budget: int, multipl
     Args:
         lengths: (rows,) of all.
         processes: that share each batch.
-        token_budget: tokens of a batch on one process, padding included; a row alone may exceed it.
-        multiple: lengths are rounded up to one.
+        token_budget: most tokens of a batch on one process, padding included; a single row may exceed it.
+        multiple: lengths are rounded up to a multiple of it.
     """
     order = np.argsort(-lengths, kind="stable")
     batches = []

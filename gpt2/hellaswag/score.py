@@ -9,7 +9,7 @@ once:
     context             | ending 0    | ending 1 | ending 2     | ending 3   | padding
     positions 0 … c-1   | c …         | c …      | c …          | c …        |
 
-Each ending sees the context and itself; its positions go on from the context's, as if it stood there alone. A row's
+Each ending sees the context and itself; its positions continue the context's, as if it stood there alone. A row's
 last context token predicts the first token of all four, an ending's last token is predicted but never read. Rows of
 similar length share a batch, and the head sees only what is scored: over the validation split 1.74 M tokens pass
 through the model and 1.24 M through the head, where four padded rows an example would make it 3.66 M through both.
@@ -55,7 +55,7 @@ class Result:
         truncated: examples of which some ending did not fit behind its context, which lost its beginning.
         tokens: tokens through the model, padding included.
         scored: positions through the head.
-        seconds: for all of it, tokenizing included.
+        seconds: wall time of the evaluation, tokenizing included.
         log_probs: (examples, 4) sums of the endings' log-probabilities, nats.
         lengths: (examples, 4) tokens or characters, what acc_norm divides by.
         predictions: (examples,) the ending acc takes; the first of equals.
@@ -167,7 +167,7 @@ def evaluate_hellaswag(
         convention: "completion" or "harness".
         dtype: precision of matrix products. float32 is exact; bfloat16 rounds, which turns a few close calls. The
             softmax is in fp32 in either.
-        token_budget: tokens a process passes through the model at a time, padding included: the bound of memory.
+        token_budget: most tokens, padding included, that one process passes through the model at a time; bounds memory.
             None: CPU_TOKEN_BUDGET or GPU_TOKEN_BUDGET.
         compiled: whether to use the compiled form of blocks that have one, with batches of a few fixed shapes. Without
             it they run uncompiled: one evaluation is over before its shapes would have been compiled.

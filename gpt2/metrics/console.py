@@ -120,7 +120,7 @@ class LiveBar:
         self.live.console.print(Text(text, style="bold green" if strong else ""))
 
     def activity(self, phase: str | None) -> None:
-        """Name what goes on in place of training; None: training again."""
+        """Name what runs in place of training; None: training again."""
         self.progress.update(self.task, description="training" if phase is None else PHASE_TITLES[phase])
 
     def close(self) -> None:

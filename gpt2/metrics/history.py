@@ -1,7 +1,7 @@
 """Read `metrics.jsonl` back as one clean curve, whatever restarts the run has seen.
 
 The file is only ever appended to. Each `run_start` line carries `resumes_at`: the size the file had when the checkpoint
-was saved that the run went on from. What stands between there and the `run_start` was written by a run that
+was saved that the run resumed from. What stands between there and the `run_start` was written by a run that
 went past its checkpoint and died: it is superseded. Following these pointers back from the end of the file gives the
 one history that led to the current weights, also after a return to an older checkpoint.
 """
@@ -44,7 +44,7 @@ class History:
     live: tuple[dict[str, Any], ...]
     """Lines of the history that led to the current state, in file order."""
     superseded: tuple[dict[str, Any], ...]
-    """Lines written after the checkpoint that a later start went on from."""
+    """Lines written after the checkpoint that a later start resumed from."""
     everything: tuple[dict[str, Any], ...]
     """Both, in file order."""
     torn: int
@@ -84,7 +84,7 @@ def live_lines(lines: Iterable[Line]) -> list[Line]:
     ranges = []
     for offset, record in reversed(starts):
         if offset >= end:
-            continue  # a start that led to nothing we went on from
+            continue  # a start whose steps no later start resumed from
         ranges.append((offset, end))
         resumes_at = record.get("resumes_at", 0)
         end = min(resumes_at, offset) if type(resumes_at) is int else 0

@@ -43,7 +43,7 @@ class MetricsFile:
         self.say = say
         self.path = path
         self.warned = False
-        self.kept: list[dict[str, Any]] = []  # records of the history we go on from
+        self.kept: list[dict[str, Any]] = []  # records of the history that this start resumes
         self.file: FileIO | None = None
         self.whole = True  # the file ends with a whole line
         with self._forgive():
@@ -64,11 +64,11 @@ class MetricsFile:
             yield
         except OSError as error:
             if not self.warned:
-                self.say(f"cannot write {self.path} ({error.strerror}); training goes on, lines are lost until it can")
+                self.say(f"cannot write {self.path} ({error.strerror}); training continues without these lines")
             self.warned = True
 
     def resume(self, start_step: int, position: int | None) -> int:
-        """Where the history that a start at `start_step` goes on from ends, in bytes; remembers its records."""
+        """Where, in bytes, the history ends that a start at `start_step` resumes; keeps its records."""
         content = b""
         with self._forgive():
             content = self.path.read_bytes()

@@ -46,7 +46,7 @@ class Metrics:
         world_size: processes of the run.
         start_step: steps finished when this start begins; what was recorded of later steps is superseded. 0: a new
             life, which supersedes all there is.
-        start_tokens: tokens trained on until then; None: start_step times today's tokens a step.
+        start_tokens: tokens trained on until then; None: start_step times today's tokens per step.
         position: what `position()` returned when the checkpoint was saved that this start resumes; None: found from
             start_step, which is the same unless the run once went back to an older checkpoint.
         dataset: name or source of the data set, which chooses the baselines.
@@ -221,7 +221,7 @@ class Metrics:
             step: steps finished.
             loss: mean over `val_tokens` tokens, nats.
             val_tokens: tokens it is a mean over.
-            val_bytes: of their text, UTF-8.
+            val_bytes: UTF-8 bytes of their text.
         """
         bits = loss * val_tokens / math.log(2) / val_bytes if val_bytes else math.nan
         values = {"loss": loss, "bits_per_byte": bits}

@@ -55,7 +55,7 @@ HELLASWAG_CHANCE = 0.25
 """Accuracy of guessing: four endings."""
 
 RECIPE_TOKENS_PER_STEP = 524_288
-"""Tokens a step of the runs the milestones are from."""
+"""Tokens per step of the runs that the milestones are from."""
 
 MILESTONES: Mapping[Corpus, Mapping[Size, tuple[tuple[int, float], ...]]] = {
     "fineweb": {
@@ -72,7 +72,7 @@ MILESTONES: Mapping[Corpus, Mapping[Size, tuple[tuple[int, float], ...]]] = {
     },
     "fineweb-edu": {"124M": ((250, 6.163), (1000, 4.153), (1250, 3.952))},
 }
-"""(step, validation loss) pairs that earlier reproductions logged, 524,288 tokens a step."""
+"""(step, validation loss) pairs that earlier reproductions logged, 524,288 tokens per step."""
 
 
 RECIPE_3_28 = (

@@ -46,7 +46,7 @@ class Guarded:
     """A tracker whose failures are said once and end it, never the run.
 
     Args:
-        name: for the message.
+        name: the tracker's name in the message.
         make: builds the tracker; it may fail too.
         say: prints a line.
     """
@@ -107,7 +107,7 @@ def resolve_wandb_mode(choice: WandbChoice, say: Callable[[str], None]) -> Wandb
 
 
 def new_run_id() -> str:
-    """An id for wandb, kept in `metrics.jsonl` so that a restart goes on with the same run."""
+    """An id for wandb, kept in `metrics.jsonl` so that a restart continues the same wandb run."""
     return secrets.token_hex(4)
 
 
@@ -198,7 +198,7 @@ class TensorBoard:
     """TensorBoard's event files, by PyTorch's own writer.
 
     Args:
-        directory: for the event files.
+        directory: the event files' directory.
         start_step: points of later steps, from before a restart, are hidden.
     """
 

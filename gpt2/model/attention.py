@@ -28,7 +28,7 @@ class KVCache:
     Args:
         config: the model's.
         batch_size: rows.
-        max_length: tokens a row can hold.
+        max_length: most tokens a row can hold.
         dtype: type of the stored keys and values, in which later tokens attend to them.
     """
 
@@ -48,7 +48,7 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
-        """Tokens a row can hold."""
+        """The most tokens a row can hold."""
         return self.keys.size(3)
 
     def append_positions(self, positions: Tensor) -> Tensor:

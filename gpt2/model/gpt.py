@@ -128,7 +128,7 @@ class GPT(nn.Module):
 
         Args:
             spec: a run, a checkpoint, a directory of `transformers`' GPT-2, or a name on the Hugging Face Hub ("gpt2").
-            device: where its weights go.
+            device: device of its weights.
 
         Raises:
             UserError: no such model, or one this class cannot compute.
@@ -286,12 +286,12 @@ class GPT(nn.Module):
         is faster on a CPU.
 
         Args:
-            start: (B, T) ids, at least one a row; each new token depends on the last `block_size` before it.
+            start: (B, T) ids, at least one per row; each new token depends on the last `block_size` before it.
             max_new_tokens: tokens to append.
             temperature: divides the logits; 0 takes the likeliest token.
             top_k: draw from the k likeliest tokens only; None: from all.
             top_p: draw from the likeliest tokens that together reach this probability; None: from all.
-            seed: of the draws; another seed gives another text.
+            seed: seeds the draws; another seed gives another text.
 
         Returns:
             (B, T + max_new_tokens) ids, on the model's device.
@@ -359,7 +359,7 @@ def load_pretrained(spec: str | Path, device: torch.device | str = "cpu") -> tup
 
     Args:
         spec: a run, a checkpoint, a directory of `transformers`' GPT-2, or a name on the Hugging Face Hub ("gpt2").
-        device: where the weights go, in fp32.
+        device: device of the weights, which are in fp32.
 
     Raises:
         UserError: no such model, one that does not fit this architecture, or one of an unknown vocabulary.

@@ -213,7 +213,7 @@ def state_dict_from_hf(
     Old files are understood too: names without `transformer.`, a stored copy of the tied head, causal masks.
 
     Args:
-        tensors: by the names of the file.
+        tensors: the file's tensors by name.
         config: the model's.
         expected: the model's own names and shapes, as `GPT.state_shapes` returns them.
 

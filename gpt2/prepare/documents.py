@@ -29,7 +29,7 @@ class Document(NamedTuple):
 
     Attributes:
         text: "" for a null or empty document.
-        begins: False for a slice that goes on with the document before it.
+        begins: False for a slice that continues the document before it.
         replaced: the text had invalid UTF-8, now U+FFFD.
     """
 

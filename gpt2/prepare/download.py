@@ -160,7 +160,7 @@ class Fetcher:
     """Makes files of a source readable, a few ahead of the reader. Use in a `with` block.
 
     Args:
-        source: where the files are from.
+        source: the files' origin.
         scratch: directory for what is downloaded or decompressed.
         keep: leave downloads there after use.
         ahead: files fetched before they are asked for.

@@ -25,7 +25,7 @@ class Job:
     """What is to be made.
 
     Attributes:
-        directory: where the shards go.
+        directory: directory that receives the shards.
         name: prefix of their names.
         source: the text.
         tokenizer: "gpt2" or "char".

@@ -37,7 +37,7 @@ class Layout:
     """Where shards end.
 
     Attributes:
-        directory: where the shards go.
+        directory: directory that receives the shards.
         prefix: what the training shards' names begin with, as in `PREFIX_000001.npy`.
         val_prefix: what the validation shard's name begins with; None where this part of the data set has none.
         suffix: ".npy" or ".bin".
@@ -70,7 +70,7 @@ class ShardBuilder:
     """Takes units in order and writes shards `first` to `stop` - 1, or to the end of the source.
 
     Args:
-        layout: where shards end.
+        layout: decides where shards end.
         manifest: the data set so far; its entries before `first` say how much has been written.
         manifest_path: rewritten with each finished shard.
         first: number of the first shard to write.

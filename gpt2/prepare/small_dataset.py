@@ -44,7 +44,7 @@ def write_dataset(
         val_tokens: 1-D, ids below `tokenizer.n_vocab`; becomes shard 0.
         tokenizer: goes into the manifest.
         name: prefix of the shards' names.
-        source: where the text is from, for the manifest.
+        source: the text's origin, for the manifest.
         shard_tokens: tokens a training shard.
         suffix: ".npy" or ".bin".
 

@@ -152,9 +152,9 @@ def compared(values: Mapping[int, float], other: Mapping[int, float] | float, *,
     """Test whether the mean of `values` is better than a target or the mean of other values.
 
     Args:
-        values: by seed.
+        values: one value per seed.
         other: a target, or another group's values by seed; paired where both have the same two or more seeds.
-        lower_is_better: of the metric.
+        lower_is_better: whether a lower value of the metric is better.
     """
     from scipy.stats import t
 

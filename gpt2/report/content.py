@@ -111,7 +111,7 @@ def hellaswag_lines(runs: Sequence[RecordedRun]) -> list[dict[str, Any]]:
 
 
 def differences(configs: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Settings in which the runs differ, where they write to aside: [{"name", "values": one a run}]."""
+    """Settings in which the runs differ, where they write to aside: [{"name", "values": one per run}]."""
     flat = [
         {f"{part}.{name}": value for part, values in config.items() for name, value in values.items()}
         for config in configs

@@ -178,7 +178,7 @@ def _hellaswag(ax: Axes, report: Mapping[str, Any]) -> None:
 
 
 def _training(axes: list[Axes], report: Mapping[str, Any]) -> None:
-    panels = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second"))
+    panels = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens per second"))
     for ax, (name, title) in zip(axes, panels, strict=True):
         for index, run in enumerate(report["runs"]):
             train = run["train"]

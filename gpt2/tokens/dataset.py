@@ -130,7 +130,7 @@ class Dataset:
     """A directory of shards, opened by `open_dataset`.
 
     Attributes:
-        directory: where it is.
+        directory: the data set's directory.
         train: training tokens.
         val: validation tokens; no document is in both.
         manifest: None for shards made by another program.

@@ -88,7 +88,7 @@ class ShardEntry:
         documents: documents that begin in it.
         bytes: UTF-8 bytes of those documents' text.
         sha256: checksum of the whole file.
-        open_document: tokens so far of its last document, with which the next shard may go on; -1: none is open.
+        open_document: tokens so far of its last document, which the next shard may continue; -1: none is open.
         lengths: histogram of the documents that end in it, in tokens without the end-of-text token,
             by the lower edge of their bin; see `length_bin`.
         skipped: documents left out because they were null or empty.
@@ -118,7 +118,7 @@ class Manifest:
     Attributes:
         name: prefix of the shards' names.
         complete: False while shards are still being made.
-        source: where the text is from: `description`, `revision`, and `files` with name, size, hash.
+        source: the text's origin: `description`, `revision`, and `files` with name, size, hash.
         tokenizer: see `tokenizer_to_dict`.
         dtype: "uint16" or "uint32".
         options: what else decides the shards' bytes, to be the same when a run is continued.

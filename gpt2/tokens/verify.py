@@ -28,7 +28,7 @@ class ShardCheck:
 
     Attributes:
         path: the shard.
-        tokens: in the file; 0 where it cannot be read.
+        tokens: the file's tokens; 0 where it cannot be read.
         documents: end-of-text tokens in it, 0 for a tokenizer without one.
         largest: largest id, -1 where there is none.
         problem: "" where all is as it should be.

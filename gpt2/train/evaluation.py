@@ -38,7 +38,7 @@ class Evaluator:
         say: prints a line, on rank 0 alone.
 
     Raises:
-        UserError: the HellaSwag file that was asked for can't be read, in every process.
+        UserError: the HellaSwag file that was asked for cannot be read, in every process.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Evaluator:
         self.examples = self._load_examples(say)
 
     def _load_examples(self, say: Callable[[str], None]) -> tuple[Example, ...]:
-        """HellaSwag's examples; none if they are not wanted or not to be had."""
+        """HellaSwag's examples; none if they are not wanted or could not be downloaded."""
         settings = self.config.run
         if settings.hellaswag_limit == 0 or settings.eval_every == 0:
             return ()
@@ -126,7 +126,7 @@ class Evaluator:
         )
 
     def _draw_samples(self, step: int, metrics: Metrics | NoMetrics) -> None:
-        """Sample texts; a model that can't is only told, as rank 0 may be alone here."""
+        """Sample texts. A failure is only reported, as rank 0 may be alone here."""
         settings = self.config.run
         try:
             with autocast(self.world.device, self.dtype):

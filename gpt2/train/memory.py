@@ -24,12 +24,12 @@ HEADROOM = 0.95
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes a process holds at most, as a function of its micro-batch.
+    """The most bytes that one process holds, as a function of its micro-batch.
 
     Attributes:
         fixed: whatever the micro-batch: weights, gradients, moments, their copies.
         per_token: activations kept for the backward pass.
-        per_logits_row: of one position's logits, while their chunk passes through the head.
+        per_logits_row: bytes of one position's logits, while their chunk passes through the head.
         chunk: positions in such a chunk.
         saving: while a checkpoint is copied and written, when there are no activations.
         block_size: tokens of a sequence.

@@ -243,10 +243,10 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: decoupled.
         momentum: decay of the momentum per step.
-        steps: of `newton_schulz`.
-        coefficients: of `newton_schulz`.
+        steps: Newton-Schulz iterations.
+        coefficients: a, b and c of the Newton-Schulz polynomial.
         normuon: whether to even out rows.
-        dtype: in which matrices are orthogonalised.
+        dtype: type in which matrices are orthogonalised.
     """
 
     found_inf: Tensor | None = None

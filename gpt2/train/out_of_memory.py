@@ -31,8 +31,8 @@ def smaller_micro_batch(config: Config, plan: Plan, world_size: int) -> int | No
     device's memory is unknown, half the micro-batch is as good a guess as any.
 
     Args:
-        config: of the run that did not fit.
-        plan: of that run.
+        config: configuration of the run that did not fit.
+        plan: that run's plan.
         world_size: its processes.
     """
     size, has = config.data.micro_batch_size, plan.device_memory_bytes
@@ -66,8 +66,8 @@ def explain(error: BaseException, config: Config, plan: Plan, world: World) -> U
 
     Args:
         error: one that `is_out_of_memory`.
-        config: of the run that did not fit.
-        plan: of that run.
+        config: configuration of the run that did not fit.
+        plan: that run's plan.
         world: the run's processes.
     """
     fitting = smaller_micro_batch(config, plan, world.size)

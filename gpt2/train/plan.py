@@ -1,4 +1,4 @@
-"""What a run will do, worked out before the first step: every derived number, and a refusal of what can't work."""
+"""What a run will do, worked out before the first step: every derived number, and a refusal of what cannot work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DataSizes:
     """How much there is to read.
 
     Attributes:
-        train_tokens: of the train split.
+        train_tokens: tokens of the training split.
         blocks_per_epoch: sequences it is cut into.
         leftover_tokens: that fill no sequence.
         val_tokens: that an evaluation reads.
@@ -179,8 +179,8 @@ def make_plan(
     """Work out what a run will do.
 
     Args:
-        config: of the run.
-        sizes: of its data; None: there is none yet.
+        config: the run's configuration.
+        sizes: sizes of its data; None: there is no data yet.
         world_size: processes that share a step.
         dtype: precision of matrix products: "bf16", "tf32" or "fp32".
         device_type: such as "cuda".

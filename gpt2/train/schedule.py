@@ -16,7 +16,7 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
     wave (Loshchilov & Hutter 2017), a line, a plateau with a linear end (wsd, Hu et al. 2024), or no change.
 
     Args:
-        step: from 0.
+        step: number of the step, from 0.
         total_steps: the run's; past them the last factor holds.
     """
     if step < config.warmup_steps:

@@ -76,7 +76,7 @@ class PendingNumbers:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed PyTorch's generators for a step, as a pure function: dropout needs no saved state to go on the same."""
+    """Seed PyTorch's generators for a step, as a pure function: dropout needs no saved state to resume exactly."""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 

@@ -31,7 +31,7 @@ def count_val_bytes(blocks: Blocks, val_tokens: int, tokenizer: Tokenizer) -> in
 
     Args:
         blocks: the validation split.
-        val_tokens: as `validation_loss` is told.
+        val_tokens: the number of targets that are scored.
         tokenizer: the data's.
 
     Raises:
@@ -68,14 +68,14 @@ def validation_loss(
         autocast: makes the precision context the run trains under.
 
     Raises:
-        UserError: the tokens can't be read, in every process.
+        UserError: the tokens cannot be read, in every process.
     """
     count = count_val_blocks(blocks, val_tokens)
     stride = micro_batch_size * world.size
     total = torch.zeros((), device=world.device, dtype=torch.float32 if world.device.type == "mps" else torch.float64)
     rows = np.arange(-(-count // stride) * stride).reshape(-1, world.size, micro_batch_size)
     mine = rows[:, world.rank]  # (batches, B)
-    # Read in one go, so that a shard one process can't read stops all of them here and not within the model.
+    # Read in one go, so that a shard that one process cannot read stops all of them here and not within the model.
     read = world.agree(lambda: blocks.read(np.minimum(mine.reshape(-1), count - 1)))
     was_training = model.training
     model.eval()

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     tokens = config.data.total_batch_tokens * args.grad_accum_steps
     result: dict[str, Any] = {"processes": processes, "configuration": config.to_dict(), "sides": {}}
-    print(f"{tokens} tokens a step and process, {args.grad_accum_steps} micro-batches")
+    print(f"{tokens} tokens per step and process, {args.grad_accum_steps} micro-batches")
     print(f"{'processes':<12}{'ms a step':>11}{'(low-high)':>19}{'tok/s':>11}")
     for side, count in (("one", 1), ("all", processes)):
         each = summary(times[side])

@@ -1,7 +1,7 @@
 """Sampling with a key-value cache beside `transformers.generate`, on the same random weights.
 
-Every round times both sides, one after the other, on the same prompt; a table gives the median tokens a second of each,
-and the median of the rounds' ratios. Loading, copying and laying out the weights is done before.
+Every round times both sides, one after the other, on the same prompt; a table gives the median tokens per second of
+each, and the median of the rounds' ratios. Loading, copying and laying out the weights is done before.
 """
 
 from __future__ import annotations

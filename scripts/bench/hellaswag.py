@@ -1,4 +1,4 @@
-"""HellaSwag examples a second: this project's evaluator against two baselines and against the machine's limit.
+"""HellaSwag examples per second: this project's evaluator against two baselines and against the machine's limit.
 
 The sides take turns on the same slices of the validation split, completion convention, with the same random weights,
 each in a process of its own; a side's speed-up is the median over slices, so that what else the machine does weighs
@@ -272,7 +272,7 @@ def _report(
         "speedup": {},
     }
     print(f"{args.preset}, {args.dtype}, {len(examples)} examples in {len(slices)} slices, in turn\n")
-    print(f"{'examples a second':<20}{'median':>9}{'low':>9}{'high':>9}{'GFLOP/s':>9}   needed operations only")
+    print(f"{'examples per second':<20}{'median':>9}{'low':>9}{'high':>9}{'GFLOP/s':>9}   needed operations only")
     for side, turns in measured.items():
         speeds = summary([len(part) / turn["seconds"] for part, turn in zip(slices, turns, strict=True)])
         speeds["processor_ms_per_example"] = summary(

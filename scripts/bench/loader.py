@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     step_seconds = args.total_batch_tokens / args.tokens_per_second
     rate = args.total_batch_tokens / made["median"]
     share = waited["median"] / step_seconds
-    print(f"{args.shards} shards of {args.shard_tokens:,} tokens, {args.total_batch_tokens:,} tokens a step")
+    print(f"{args.shards} shards of {args.shard_tokens:,} tokens, {args.total_batch_tokens:,} tokens per step")
     print(f"from opening the data set to the first batch: {startup:.3f} s")
     for what, each in (("to make a step's batch", made), ("a step waits for it", waited)):
         print(f"{what}: {each['median'] * 1e3:.2f} ms ({each['low'] * 1e3:.2f}-{each['high'] * 1e3:.2f})")
@@ -87,10 +87,10 @@ class Side:
     """The loader in a process of its own, with cold imports behind it.
 
     Args:
-        directory: where the shards are.
+        directory: the shards' directory.
         block_size: tokens a sequence.
         micro_batch_size: sequences.
-        total_batch_tokens: tokens a step.
+        total_batch_tokens: tokens per step.
     """
 
     def __init__(self, directory: str, block_size: int, micro_batch_size: int, total_batch_tokens: int):

@@ -1,4 +1,4 @@
-"""Tokens a second from parquet to finished shards: this pipeline against build-nanogpt's loop, and against the limit.
+"""Tokens per second from parquet to finished shards: this pipeline against build-nanogpt's loop, and against the limit.
 
 The limit is as many processes as there are workers, all at once, each tokenizing text that it has in memory already and
 dropping the ids: with tiktoken's fastest function, and with this project's way to the same ids. The baseline is written
@@ -73,7 +73,7 @@ def _summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]
         "ratios": {},
     }
     print(f"{args.workers} workers, {text_bytes / 1e6:.0f} MB of text, {args.repeats} rounds")
-    print(f"{'':<17}{'M tokens a second':>26}{'processor':>12}{'parent':>11}{'peak MiB':>16}")
+    print(f"{'':<17}{'M tokens per second':>26}{'processor':>12}{'parent':>11}{'peak MiB':>16}")
     print(f"{'':<17}{'median':>10}{'low':>8}{'high':>8}{'ns/token':>12}{'ns/token':>11}{'parent':>9}{'worker':>7}")
     for side, rounds in measured.items():
         summary = {

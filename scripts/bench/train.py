@@ -1,4 +1,4 @@
-"""Tokens a second of a training step: this project's against a plain model and transformers.
+"""Tokens per second of a training step: this project's against a plain model and transformers.
 
 Every side starts from the same weights, takes the same batch under the same autocast, clips and updates with the same
 optimizer; each runs in a process of its own, and they take turns, so that what else the machine does weighs on all.
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     peak = peak_flops(device_name(device))
     flops = flops_per_token(config) * tokens
     result["flops_per_token"], result["matmul_flops"], result["datasheet_flops"] = flops / tokens, product, peak
-    print(f"\n{device_name(device)}, {dtype}, {tokens} tokens a step, {flops / 1e12:.2f} TFLOP a step")
+    print(f"\n{device_name(device)}, {dtype}, {tokens} tokens and {flops / 1e12:.2f} TFLOP per step")
     print(f"measured matrix product {product / 1e12:.3f} TFLOP/s: at most {tokens * product / flops:,.0f} tok/s")
     print(
         f"{'':<23}{'ms a step':>11}{'(low-high)':>19}{'tok/s':>11}{'TFLOP/s':>9}{'of product':>12}{'MFU':>7}{'GiB':>7}"
@@ -238,7 +238,7 @@ def flops_per_token(config: Config) -> float:
 
 
 def compare_losses(losses: dict[str, list[float]], tolerance: float) -> None:
-    """Refuse to go on if the sides' losses of the same steps differ by more than rounding.
+    """Stop if the sides' losses of the same steps differ by more than rounding.
 
     Raises:
         UserError: they do.

@@ -47,7 +47,7 @@ def test_cuda_for_every_process_or_none(monkeypatch: pytest.MonkeyPatch) -> None
     for rank in range(5):  # all five are told, not only the one that finds no device
         with pytest.raises(UserError, match=r"cuda:4 is not available: this machine shows 4 CUDA device\(s\)"):
             pick_device("cuda", rank, 5)
-    with pytest.raises(UserError, match="2 processes can't share device cuda:1"):
+    with pytest.raises(UserError, match="2 processes cannot share device cuda:1"):
         pick_device("cuda:1", 0, 2)
     with pytest.raises(UserError, match="cuda:4 is not available"):
         pick_device("cuda:4")
