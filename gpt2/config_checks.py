@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -37,11 +38,11 @@ def _is_of(value: object, kind: Any) -> bool:
 
 
 def require_range(config: object, names: str, low: float, high: float = float("inf"), open_: bool = False) -> None:
-    """Demand low ≤ value ≤ high of the named fields, or low < value < high; None passes."""
+    """Demand a finite value with low ≤ value ≤ high of the named fields, or low < value < high; None passes."""
     for name in names.split():
         value = getattr(config, name)
-        if value is None or (low < value < high if open_ else low <= value <= high):
+        if value is None or (math.isfinite(value) and (low < value < high if open_ else low <= value <= high)):
             continue
         edge = "above" if open_ else "at least"
-        limit = "" if high == float("inf") else f" and {'below' if open_ else 'at most'} {high:g}"
+        limit = " and finite" if high == float("inf") else f" and {'below' if open_ else 'at most'} {high:g}"
         raise UserError(f"{name} is {value}; it must be {edge} {low:g}{limit}")

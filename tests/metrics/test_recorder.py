@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,6 @@ import torch
 from gpt2.config import Config, DataConfig, GPTConfig, RunConfig
 from gpt2.errors import UserError
 from gpt2.metrics import recorder as metrics_module
-from gpt2.metrics.console import LiveBar, LogLines, duration, open_console
 from gpt2.metrics.history import read_metrics
 from gpt2.metrics.recorder import Metrics
 
@@ -242,52 +240,3 @@ def test_a_directory_in_use_is_refused(tmp_path: Path, start: Callable[..., Metr
         start()
     first.close("finished")
     start().close("finished")
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("rich")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "110")
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stdout", terminal)
-    metrics = Metrics(tmp_path, config=CONFIG, flops_per_token=1.0, device=CPU, world_size=1)
-    assert isinstance(metrics.console, LiveBar)
-    metrics.train(10, loss=6.0, lr=1e-3, grad_norm=1.0)
-    metrics.train(11, loss=5.0, lr=1e-3, grad_norm=1.0)
-    metrics.val(11, 5.25, 100, 450)
-    metrics.sample(11, "Hello", " [red]x[/red]")
-    with metrics.phase("eval"):
-        metrics.console.live.refresh()
-    metrics.close("stopped")
-    shown = terminal.getvalue()
-    assert "11/100" in shown
-    assert "loss 5.0000 (mean 5.9000)" in shown
-    assert "evaluation in 9" in shown
-    assert "validation loss 5.2500" in shown
-    assert "[red]x[/red]" in shown  # a model's text is not markup
-    assert "evaluating" in shown
-    assert shown.rstrip().endswith("\x1b[?25h")  # the cursor is back
-
-    monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(open_console(100, 0, terminal), LogLines)
-    assert isinstance(open_console(100, 0, io.StringIO()), LogLines)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.4, "0 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 0 s"),
-        (3599, "59 min 59 s"),
-        (18720, "5 h 12 min"),
-        (200000, "2 d 7 h"),
-    ],
-)
-def test_durations_read_well(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
