@@ -106,7 +106,7 @@ class Progress:
 
 
 def number(value: float) -> float | None:
-    """As JSON can hold it: NaN (no example has a label) is null."""
+    """The result as JSON can hold it: NaN (no example has a label) is null."""
     return None if math.isnan(value) else value
 
 

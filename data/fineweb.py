@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=count, metavar="N", help="stop after so many tokens in all [no limit]")
     add("--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="processes that tokenize")
     add("--format", choices=("npy", "bin"), default="npy", help="NumPy's format, or llm.c's")
-    add("--tokenizer", choices=("gpt2", "char"), default="gpt2", help="GPT-2's BPE, or one id a character")
+    add("--tokenizer", choices=("gpt2", "char"), default="gpt2", help="GPT-2's BPE, or one id per character")
     add("--part", type=part, metavar="I/N", help="make only the I-th of N parts; when all are made, `merge DIR`")
     add("--keep-downloads", action="store_true", help="keep fetched files in DIR/.fetched after use")
     add("--plot", action="store_true", help="draw the histogram of document lengths into DIR/document_lengths.png")

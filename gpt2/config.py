@@ -54,7 +54,7 @@ class GPTConfig:
     window: int | None = None
     """Keys each query sees, itself included (sliding-window attention, Beltagy et al. 2020); None: all."""
     full_attention_every: int | None = None
-    """With a window: every k-th block attends to everything all the same (as in GPT-3: 2)."""
+    """With a window: every k-th block still attends to everything (GPT-3: 2)."""
     activation: Activation = "gelu_tanh"
     """Non-linearity of the MLP; relu2 is ReLU squared (So et al. 2021), swiglu is gated (Shazeer 2020) and
     keeps the parameter count by a hidden width of 8/3."""
@@ -65,7 +65,7 @@ class GPTConfig:
     norm_position: NormPosition = "pre"
     """Normalise what enters a sub-layer (GPT-2) or the sum that leaves it (Vaswani et al. 2017)."""
     final_norm: bool = False
-    """With post-norm: normalise once more before the head, as textbooks do; pre-norm always does."""
+    """Normalise once more before the head. Post-norm only, where textbooks do; pre-norm always normalises there."""
     qk_norm: bool = False
     """RMS-normalise each head's queries and keys (Henry et al. 2020)."""
     embedding_norm: bool = False
@@ -277,7 +277,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where, how long and how carefully a run goes."""
+    """Where and how long a run trains, and how carefully."""
 
     run_dir: Path = Path("runs/gpt2")
     """Directory the run writes to. --run is short for it; behind torchrun write --run-dir, since torchrun reads --run
@@ -285,7 +285,7 @@ class RunConfig:
     max_steps: int = 19_073
     """Optimizer steps in all; 19,073 × 524,288 = 10 B tokens."""
     seed: int = 1337
-    """Of initial weights, data order, dropout and samples."""
+    """Seed of initial weights, data order, dropout and samples."""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cuda, cuda:N, mps or cpu."""
     dtype: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
@@ -345,13 +345,13 @@ class RunConfig:
     profile: int = 0
     """Steps to trace with PyTorch's profiler, after the first few, into RUN/profile. 0: none."""
     price: float | None = None
-    """Of one device for one hour, in any currency: the plan and the run's end give the cost."""
+    """Price of one device for one hour, in any currency; the plan gives the cost."""
     plan: bool = False
     """Only print the plan, with the hours it takes: of this machine, or of one that --on names; data is not needed."""
     on: str | None = None
-    """With --plan: the machine, such as 8xH100."""
+    """The machine that --plan reckons with, such as 8xH100."""
     mfu: float | None = None
-    """With --plan: part of the devices' peak that training is to reach; None: what llm.c reports."""
+    """Model FLOP/s utilisation that --plan reckons with; None: what llm.c reports."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -396,7 +396,7 @@ class Config:
         return self.data.total_batch_tokens // self.model.block_size
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """As JSON holds it."""
+        """The configuration as JSON holds it."""
         return {
             part.name: {
                 key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

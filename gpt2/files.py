@@ -233,7 +233,7 @@ def check(value: Any, schema: type[T], where: str) -> T:
 
 
 FORBID: Any = {"extra": "forbid"}
-"""As `__pydantic_config__` of a schema: a field that it does not have is refused."""
+"""`__pydantic_config__` of a schema that refuses fields it does not have."""
 
 
 def read_json(path: Path, schema: type[T]) -> T:
@@ -328,6 +328,6 @@ def sha256_file(path: Path) -> str:
 
 
 def cache_directory() -> Path:
-    """Where downloads and token caches of this user go."""
+    """This user's directory for downloads and token caches."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(root) / "repro-gpt2"

@@ -1,4 +1,4 @@
-"""In which type matrix products are computed; weights, gradients and optimizer state are fp32 throughout."""
+"""The type in which matrix products are computed; weights, gradients and optimizer state are fp32 throughout."""
 
 from __future__ import annotations
 

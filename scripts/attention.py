@@ -70,7 +70,7 @@ def label(text: str) -> str:
 
 
 def draw(weights: Tensor, labels: Sequence[str], title: str, out: Path) -> None:
-    """One map a head, side by side, as PNG.
+    """One map per head, side by side, as PNG.
 
     Args:
         weights: (n_head, T, T).

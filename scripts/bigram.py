@@ -121,7 +121,7 @@ def count_pairs(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 def mean_loss(counts: Tensor, log_probabilities: Tensor) -> Tensor:
-    """Cross-entropy over counted pairs, nats a pair, of log p(b | a), both (V, V) or the latter (V,)."""
+    """Cross-entropy over counted pairs, nats per pair, of log p(b | a), both (V, V) or the latter (V,)."""
     return -(counts * log_probabilities).sum() / counts.sum()
 
 
@@ -159,7 +159,7 @@ class OneHotMLP(nn.Module):
 
 
 class EmbeddingMLP(nn.Module):
-    """The same over a learned embedding: 8 numbers a character, to 8, LeakyReLU, to V logits."""
+    """The same over a learned embedding: 8 numbers per character, to 8, LeakyReLU, to V logits."""
 
     def __init__(self, vocab_size: int):
         super().__init__()

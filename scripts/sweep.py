@@ -45,7 +45,7 @@ class Point:
     name: str
     directory: Path
     words: tuple[str, ...]
-    """Of train_gpt2.py's command line."""
+    """The words of train_gpt2.py's command line."""
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -153,4 +153,4 @@ class NoWriter:
         return False
 
     def wait(self) -> None:
-        """For nothing."""
+        """There is nothing to wait for."""

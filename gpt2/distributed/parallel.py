@@ -26,7 +26,7 @@ def parallelize(model: GPT, config: RunConfig, world: World, dtype: str, grad_ac
         config: says what is wanted.
         world: the processes.
         dtype: precision of matrix products, "bf16", "tf32" or "fp32".
-        grad_accum_steps: forward and backward passes a step.
+        grad_accum_steps: forward and backward passes per step.
 
     Returns:
         The module to call for a loss; `model` itself still serves evaluation, sampling and checkpoints.

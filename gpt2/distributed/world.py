@@ -300,7 +300,7 @@ class WholeErrorFile(ErrorHandler):
 
 
 def shorten_timeout() -> None:
-    """From now on wait STEP_TIMEOUT for the others, not STARTUP_TIMEOUT; to be called after the first step."""
+    """Wait STEP_TIMEOUT for the others from now on, not STARTUP_TIMEOUT; called after the first step."""
     if not dist.is_initialized():
         return
     group = dist.group.WORLD

@@ -35,8 +35,8 @@ def generate(
 
     Args:
         model: left as it is: its mode, its weights, and every random generator in use elsewhere.
-        prompts: token ids, one or more a row; rows may differ in length.
-        max_new_tokens: at most so many a row.
+        prompts: token ids, one or more per row; rows may differ in length.
+        max_new_tokens: most tokens that are added to a row.
         temperature, top_k, top_p, min_p, repetition_penalty: the fields of `gpt2.model.sampling.Sampling`;
             temperature 0 is greedy.
         eot_token: ends its row, as the row's last token; None: rows end by length only.

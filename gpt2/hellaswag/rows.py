@@ -159,7 +159,7 @@ class Batch:
 
     Attributes:
         members: indices of the rows, dealt out in turn; fewer than rows · processes in the last batch.
-        rows: rows a process, filled up with empty ones.
+        rows: rows per process, filled up with empty ones.
         length: tokens per row.
     """
 

@@ -263,7 +263,7 @@ def _result(
     scored: int,
     started: float,
 ) -> Result:
-    with np.errstate(divide="ignore"):  # an ending of no characters has -inf a character, as in the harness
+    with np.errstate(divide="ignore"):  # an ending of no characters has -inf per character, as in the harness
         normalised = log_probs / prepared.lengths
     predictions, predictions_norm = log_probs.argmax(axis=1), normalised.argmax(axis=1)  # the first of equals
     labels = np.array([-1 if example.label is None else example.label for example in examples])

@@ -1,6 +1,6 @@
 """What a run measures and where that goes: `metrics.jsonl`, the console, wandb, TensorBoard.
 
-`RUN/metrics.jsonl` holds one JSON object a line. Every line has "kind", "step" (optimizer steps finished) and "time"
+`RUN/metrics.jsonl` holds one JSON object per line. Every line has "kind", "step" (optimizer steps finished) and "time"
 (Unix seconds); docs/metrics.md lists the rest. `gpt2.metrics.jsonl` writes it, `gpt2.metrics.history` reads it
 back as one curve over all restarts.
 

@@ -1,4 +1,4 @@
-"""Published figures a run is held against, by model size and data set.
+"""Published figures that a run is held against, by model size and data set.
 
 Sources: the released GPT-2 weights (Radford et al. 2019) scored on the first 10,485,760 validation tokens of each data
 set; GPT-3's table H.1 (Brown et al. 2020); training logs of llm.c (FineWeb) and build-nanogpt (FineWeb-Edu).
@@ -38,7 +38,7 @@ GPT2_VAL_LOSS: Mapping[Corpus, Mapping[Size, float]] = {
 """Mean next-token loss of the released GPT-2, nats."""
 
 GPT2_HELLASWAG: Mapping[Size, float] = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4889}
-"""acc_norm of the released GPT-2, completion convention (mean loss a token, raw context)."""
+"""acc_norm of the released GPT-2, completion convention (mean loss per token, raw context)."""
 
 GPT2_HELLASWAG_HARNESS: Mapping[Size, tuple[float, float]] = {
     "124M": (0.2892, 0.3114),

@@ -36,7 +36,7 @@ class Tracker(Protocol):
         """A generated text."""
 
     def checkpoint(self, step: int, path: Path) -> None:
-        """Where a checkpoint lies."""
+        """Record a checkpoint's path."""
 
     def close(self, reason: str) -> None:
         """The run ends."""

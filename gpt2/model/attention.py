@@ -19,7 +19,7 @@ from gpt2.model.attention_kernels import (
 )
 
 MAX_SCORES = 2**26
-"""Of `masked_attention`, which has them all in memory at a time: 128 MiB in bf16."""
+"""Scores up to which `masked_attention` is used, which holds all of them in memory: 128 MiB in bf16."""
 
 
 class KVCache:
@@ -93,7 +93,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @contextmanager
 def recorded_weights(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the context every forward pass appends its attention weights, one (B, n_head, T, S) a block, fp32.
+    """Within the context every forward pass appends its attention weights, one (B, n_head, T, S) per block, fp32.
 
     Attention is computed by `plain_attention` there.
     """

@@ -165,7 +165,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) 
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Of (N, T, head_dim) each; N counts the heads of all rows."""
+    """Tiled attention over (N, T, head_dim) queries, keys and values; N counts the heads of all rows."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: int | None) -> Tensor:

@@ -349,7 +349,7 @@ class GPT(nn.Module):
         attention = 0.0
         for layer in range(config.n_layer):
             window = min(config.layer_window(layer) or T, T)
-            keys = window - window * window / (2 * T)  # mean keys a query sees: T/2 without a window
+            keys = window - window * window / (2 * T)  # mean keys that a query sees: T/2 without a window
             attention += 12 * config.n_embd * keys
         return 6 * n + attention
 

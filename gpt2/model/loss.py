@@ -168,7 +168,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         w = weight.to(dtype)  # (V, C)
         b = None if bias is None else bias.to(dtype)  # (V,)
-        # One buffer for all chunks: a new one each time costs a CPU a page fault every 4 kB.
+        # One buffer for all chunks: a new one each time costs a CPU a page fault per 4 kB.
         buffer = torch.empty(min(chunk, N), w.size(0), dtype=dtype, device=hidden.device)
         if needs_gradient:
             hidden_grad = torch.empty_like(hidden)

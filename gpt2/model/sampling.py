@@ -101,7 +101,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tok
 
 
 def row_generators(seed: int, rows: int, device: torch.device) -> list[torch.Generator]:
-    """One random generator a row, so that what a row draws does not depend on how many others there are."""
+    """One random generator per row, so that what a row draws does not depend on how many others there are."""
     seeds = torch.Generator().manual_seed(seed)
     return [
         torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=seeds).item())) for _ in range(rows)

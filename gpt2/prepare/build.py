@@ -1,4 +1,4 @@
-"""From a source of text to a finished data set: plan, continue what an earlier run left, tokenize, sum up."""
+"""Make a finished data set of a source of text: plan, continue what an earlier run left, tokenize, sum up."""
 
 from __future__ import annotations
 

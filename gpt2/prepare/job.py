@@ -66,7 +66,7 @@ class Job:
 
 
 def manifest_path(directory: Path, part: Part | None) -> Path:
-    """Where the manifest of a data set, or of one part of it, is."""
+    """The path of the manifest of a data set, or of one part of it."""
     return directory / (MANIFEST_NAME if part is None else part_manifest_name(part.number, part.of))
 
 

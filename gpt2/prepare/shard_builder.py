@@ -34,7 +34,7 @@ class UnitTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where shards end.
+    """Decides where shards end.
 
     Attributes:
         directory: directory that receives the shards.

@@ -43,7 +43,7 @@ class Group:
 
     settings: Mapping[str, Any]
     runs: Mapping[int, RecordedRun]
-    """By seed."""
+    """The runs by seed."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Comparison:
 
     kind: Literal["target", "paired", "Welch"]
     difference: Estimate
-    """Of the means: the group's less the other's."""
+    """Difference of the means: the group's less the other's."""
     p: float | None
     """One-sided: how often chance alone would make it seem better by as much. None: too few runs to say."""
     smallest: float | None

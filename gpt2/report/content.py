@@ -158,7 +158,7 @@ def _curve(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def _samples(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Samples by step, several a step kept together, thinned by whole steps."""
+    """Samples by step, several of one step kept together, thinned by whole steps."""
     by_step: dict[int, list[dict[str, Any]]] = {}
     for record in records:
         texts = by_step.setdefault(record["step"], [])

@@ -66,7 +66,7 @@ def short(value: float) -> str:
 
 
 def _numbers(values: list[float | None]) -> list[float]:
-    """With NaN, which breaks a line, where there is no number."""
+    """The values, with NaN, which breaks a line, where there is no number."""
     return [math.nan if value is None else value for value in values]
 
 
@@ -123,7 +123,7 @@ def _loss(ax: Axes, report: Mapping[str, Any]) -> None:
             _reference_line(ax, report, entry, f"{entry['value']:.4f}")
     if report["long"]:
         _skip_first_drop(ax, report, report["drop"] * last)
-    ax.set_ylabel("loss, nats a token")
+    ax.set_ylabel("loss, nats per token")
     _legend(ax, loc="upper right")
 
 

@@ -53,7 +53,7 @@ class RecordedRun:
 
     @property
     def config(self) -> Mapping[str, Mapping[str, Any]]:
-        """As `Config.to_dict` gave it at the last start."""
+        """The configuration of the last start, as `Config.to_dict` gave it."""
         config = self.start.get("config")
         return config if isinstance(config, dict) and all(isinstance(part, dict) for part in config.values()) else {}
 
@@ -172,7 +172,7 @@ class RecordedRun:
 
 
 def bits_per_byte(val: Record) -> float | None:
-    """Of a val line; None where it is not finite, and in files of earlier versions."""
+    """Bits per byte of a val line; None where it is not finite, and in files of earlier versions."""
     value = val.get("bits_per_byte")
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 

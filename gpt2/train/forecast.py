@@ -27,9 +27,9 @@ MEMORY_GB = {"B200": 180, "H200": 141, "GH200": 96, "H100": 80, "H800": 80, "A10
 PUBLISHED_MFU = {"H100": 0.38, "A100": 0.56}
 """What llm.c's CUDA code reaches with the 124M model on eight of them."""
 HELLASWAG_TOKENS = 1_780_261
-"""Of its validation split: contexts once, and their endings."""
+"""Tokens of HellaSwag's validation split: contexts once, and their endings."""
 CPU_FRACTION = 0.6
-"""Of a large matrix product's rate that training reaches on a CPU; 0.5 to 0.7 in benchmarks/."""
+"""Part of a large matrix product's rate that training reaches on a CPU; 0.5 to 0.7 in benchmarks/."""
 
 
 def print_plan(config: Config) -> None:
@@ -79,7 +79,7 @@ def _machine(config: Config) -> tuple[int, str, str, float | None, str]:
 
 
 def _sizes(config: Config) -> DataSizes | None:
-    """Of the data, if it is here."""
+    """Sizes of the data, if it is here."""
     if not config.data.data.exists():
         return None
     dataset = open_dataset(config.data.data)

@@ -43,7 +43,7 @@ class MemoryNeed:
     block_size: int
 
     def bytes(self, micro_batch_size: int) -> float:
-        """With so many sequences."""
+        """Bytes with a micro-batch of so many sequences."""
         tokens = micro_batch_size * self.block_size
         return max(self.fixed + tokens * self.per_token + min(tokens, self.chunk) * self.per_logits_row, self.saving)
 

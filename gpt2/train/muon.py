@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 BATCH_ELEMENTS = 2**24
-"""Of the matrices that one process orthogonalises together: enough to fill a GPU, and 32 MiB of bf16."""
+"""Elements of the matrices that one process orthogonalises together: enough to fill a GPU, and 32 MiB in bf16."""
 NORMUON_BETA2 = 0.95
 """NorMuon's decay of the second moment per step (arXiv 2510.05491, section 4)."""
 Group = dict[str, Any]
@@ -66,7 +66,7 @@ class Matrix:
 
     @property
     def scale(self) -> float:
-        """Of its update, so that one learning rate suits all shapes."""
+        """Factor of its update, so that one learning rate suits all shapes."""
         rows, columns = self.shape
         return max(1.0, rows / columns) ** 0.5
 
@@ -152,7 +152,7 @@ class Sharded:
         self.part = (self.rank, self.ranks)
 
     def collect(self, batch: Batch, updates: list[Tensor]) -> Callable[[], Tensor]:
-        """As `Replicated.collect`: one message to each process, with the rows of all the matrices it works on."""
+        """Like `Replicated.collect`: one message to each process, with the rows of all the matrices it works on."""
         mine = batch[self.rank :: self.ranks]
         sent = [updates[rank :: self.ranks] for rank in range(self.ranks)]
         shapes = [[matrix.shape_held(rank, self.ranks) for matrix in mine] for rank in range(self.ranks)]
@@ -165,7 +165,7 @@ class Sharded:
         return stacked
 
     def spread(self, batch: Batch, results: Tensor) -> Callable[[], list[Tensor]]:
-        """As `Replicated.spread`: the same messages, backwards."""
+        """Like `Replicated.spread`: the same messages, backwards."""
         mine = [m.turn(x) for m, x in zip(batch[self.rank :: self.ranks], results, strict=True)]
         sent, shapes = [], []
         for rank in range(self.ranks):

@@ -106,13 +106,13 @@ def make_optimizers(
 
 
 def _qkv_rows(model: nn.Module) -> dict[int, list[int]]:
-    """For each weight that holds queries', keys' and values' rows, by its id, how many of each."""
+    """How many rows of queries, keys and values each such weight holds, by the weight's id."""
     attentions = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
     return {id(attention.c_attn.weight): attention.qkv_widths for attention in attentions}
 
 
 def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[str]:
-    """A line a parameter group: optimizer, tensors, parameters, peak learning rate, weight decay."""
+    """One line per parameter group: optimizer, tensors, parameters, peak learning rate, weight decay."""
     return [
         f"{type(optimizer).__name__} {group['name']}: {len(group['params'])} tensors"
         + (f" in {sum(map(len, group['splits']))} matrices, " if "splits" in group else ", ")

@@ -85,7 +85,7 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """Where the run writes to."""
+        """The directory that the run writes to."""
         return self.config.run.run_dir
 
     def say(self, text: str) -> None:

@@ -54,7 +54,7 @@ def validation_loss(
     world: World,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> float:
-    """Mean negative log-likelihood a token, in nats, over the first `val_tokens` tokens of the validation split.
+    """Mean negative log-likelihood per token, in nats, over the first `val_tokens` tokens of the validation split.
 
     Every process takes the same number of equal micro-batches, filled up with positions that do not count, so shapes
     are static and collectives inside the model pair up.

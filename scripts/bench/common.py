@@ -40,7 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def configuration(args: argparse.Namespace) -> Config:
-    """The preset with what the command line changes; one micro-batch a step.
+    """The preset with what the command line changes; one micro-batch per step.
 
     Raises:
         UserError: no such preset, or an impossible value.

@@ -1,4 +1,4 @@
-"""Several processes against one: the trainer's step under DDP, with the same micro-batch a process.
+"""Several processes against one: the trainer's step under DDP, with the same micro-batch per process.
 
 On a CPU every process has one core (gloo); on GPUs each has one (nccl). Process 0 alone and all of them take turns, in
 the same processes, while the others wait, so that what else the machine does weighs on both.
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.set_defaults(preset="quickstart")
     parser.add_argument("--processes", type=positive, help="[2; on CUDA all GPUs]")
-    parser.add_argument("--grad-accum-steps", type=positive, default=1, help="micro-batches a step and process [1]")
+    parser.add_argument("--grad-accum-steps", type=positive, default=1, help="micro-batches per step and process [1]")
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each side [5]")
     parser.add_argument("--steps", type=positive, default=2, help="steps a turn [2]")
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tokens = config.data.total_batch_tokens * args.grad_accum_steps
     result: dict[str, Any] = {"processes": processes, "configuration": config.to_dict(), "sides": {}}
     print(f"{tokens} tokens per step and process, {args.grad_accum_steps} micro-batches")
-    print(f"{'processes':<12}{'ms a step':>11}{'(low-high)':>19}{'tok/s':>11}")
+    print(f"{'processes':<12}{'ms/step':>11}{'(low-high)':>19}{'tok/s':>11}")
     for side, count in (("one", 1), ("all", processes)):
         each = summary(times[side])
         rate = tokens * count / each["median"]
@@ -103,7 +103,7 @@ class Side:
         config: model and batch.
         device: "auto", or a device of PyTorch's: "cuda", "cuda:1", "mps", "cpu".
         dtype: precision of matrix products, "bf16", "tf32" or "fp32".
-        grad_accum_steps: micro-batches a step.
+        grad_accum_steps: micro-batches per step.
     """
 
     def __init__(self, config: Config, device: str, dtype: str, grad_accum_steps: int):

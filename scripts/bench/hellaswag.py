@@ -183,7 +183,7 @@ class Side:
 
 
 def flops(config: GPTConfig, tokenizer: GPT2Tokenizer, examples: tuple[Example, ...]) -> float:
-    """Operations that scoring the examples needs: 2 a weight and token, attention over what a token may see."""
+    """Operations that scoring the examples needs: 2 per weight and token, attention over what a token may see."""
     rows = make_rows(examples, tokenizer, "completion", config.block_size).rows
     body = sum(p.numel() for p in GPT(config).h.parameters() if p.ndim == 2)
     total = 0.0

@@ -2,7 +2,7 @@
 
 The limit is as many processes as there are workers, all at once, each tokenizing text that it has in memory already and
 dropping the ids: with tiktoken's fastest function, and with this project's way to the same ids. The baseline is written
-here as build-nanogpt writes it: `Pool.imap` over the rows of a `datasets` data set, one task a document, the parent
+here as build-nanogpt writes it: `Pool.imap` over the rows of a `datasets` data set, one task per document, the parent
 filling the shard. It is given a data set whose Arrow files are ready, which `load_dataset` would first have to make.
 """
 
@@ -244,7 +244,7 @@ def _tokenize_row(row: dict[str, str]) -> np.ndarray:
 
 
 def _baseline(sources: list[str], arrow: str, directory: str, workers: int) -> dict[str, float]:
-    """build-nanogpt's loop: a task a document, the parent copies documents into the shard."""
+    """build-nanogpt's loop: one task per document, the parent copies documents into the shard."""
     out = Path(directory)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()

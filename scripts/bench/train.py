@@ -179,9 +179,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result["flops_per_token"], result["matmul_flops"], result["datasheet_flops"] = flops / tokens, product, peak
     print(f"\n{device_name(device)}, {dtype}, {tokens} tokens and {flops / 1e12:.2f} TFLOP per step")
     print(f"measured matrix product {product / 1e12:.3f} TFLOP/s: at most {tokens * product / flops:,.0f} tok/s")
-    print(
-        f"{'':<23}{'ms a step':>11}{'(low-high)':>19}{'tok/s':>11}{'TFLOP/s':>9}{'of product':>12}{'MFU':>7}{'GiB':>7}"
-    )
+    print(f"{'':<23}{'ms/step':>11}{'(low-high)':>19}{'tok/s':>11}{'TFLOP/s':>9}{'of product':>12}{'MFU':>7}{'GiB':>7}")
     for side, worker in workers.items():
         each = summary(times[side])
         rate = tokens / each["median"]
