@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from gpt2.distributed.world import World, joined_world
-from gpt2.errors import UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli
 from gpt2.files import write_whole
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
@@ -38,7 +38,7 @@ from gpt2.precision import resolve_dtype
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from gpt2.errors import UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli
 
 _DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
 _SHARD_NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb"}  # as build-nanogpt and llm.c call them
@@ -45,9 +45,9 @@ def part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> ArgumentParser:
     """Options of the default command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         usage="%(prog)s [options] | %(prog)s verify DIR | %(prog)s merge DIR",
         description="Turn FineWeb, or text of your own, into GPT-2 token shards. Run it again to continue.",
         epilog="further commands: `verify DIR` re-reads and checks all shards; "
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _directory(command: str, description: str, arguments: list[str]) -> Path:
-    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} {command}", description=description)
+    parser = ArgumentParser(prog=f"{Path(sys.argv[0]).name} {command}", description=description)
     parser.add_argument("directory", type=Path, metavar="DIR", help="directory of the shards")
     directory: Path = parser.parse_args(arguments).directory
     if not directory.is_dir():

@@ -9,7 +9,6 @@ the source, are one document. What comes out depends on the Python version alone
 
 from __future__ import annotations
 
-import argparse
 import ast
 import platform
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from gpt2.errors import UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli
 
 _VAL_EVERY = 20  # one document in so many is for validation: 5 %
 _SMALLEST = 500_000  # bytes; less means that the library's sources are not there
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gpt2.prepare.small_dataset import reusable, write_dataset
     from gpt2.tokens.tokenizer import gpt2_tokenizer
 
-    parser = argparse.ArgumentParser(description="Python's own documentation as GPT-2 token shards.")
+    parser = ArgumentParser(description="Python's own documentation as GPT-2 token shards.")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", default=Path(__file__).parent / "pydocs", help="[data/pydocs]"
     )

@@ -6,7 +6,6 @@ python data/shakespeare.py --tokenizer char    # its 65 characters, into data/sh
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from gpt2.errors import UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -23,9 +22,9 @@ _ATTEMPTS = 4  # waits of 1, 2, 4 seconds between them
 _TIMEOUT = 20.0  # seconds without an answer
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> ArgumentParser:
     """Options of this script."""
-    parser = argparse.ArgumentParser(description="TinyShakespeare as token shards; a finished data set is reused.")
+    parser = ArgumentParser(description="TinyShakespeare as token shards; a finished data set is reused.")
     parser.add_argument("--source", type=Path, metavar="FILE", help="a copy of the file, instead of a download")
     parser.add_argument("--out", type=Path, metavar="DIR", help="[data/shakespeare, or data/shakespeare_char]")
     parser.add_argument("--tokenizer", choices=("gpt2", "char"), default="gpt2", help="GPT-2's BPE, or characters")

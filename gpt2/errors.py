@@ -39,7 +39,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
-        raise UserError(f"{message}; {self.prog} --help lists the options")
+        raise UserError(f"{message[:300]}; {self.prog} --help lists the options")
 
 
 def visible(text: str, keep: str = "") -> str:

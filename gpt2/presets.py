@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -201,8 +205,8 @@ def parse_args(argv: Sequence[str]) -> Config:
         argv: the words after the program's name.
 
     Raises:
-        UserError: an impossible value, an unknown preset, an unreadable configuration.
-        SystemExit: after --help (0), or a flag or value the command line does not know (2).
+        UserError: an unknown flag or preset, an impossible value, an unreadable configuration.
+        SystemExit: after --help.
     """
     import tyro  # a third of a second, which importing the library need not cost
 
@@ -233,17 +237,23 @@ def parse_args(argv: Sequence[str]) -> Config:
         "--config RUN/config.json in its place resumes a run, or repeats it in another --run. Each setting "
         "below is a flag; the defaults shown are the preset's."
     )
-    # From rank 0 only: torchrun's other processes would say the same of the same words.
-    quiet = os.environ.get("RANK", "0") != "0"
-    config: Config = tyro.cli(
-        Annotated[Config, tyro.conf.OmitArgPrefixes],
-        default=default,
-        args=words,
-        prog=program,
-        description=description,
-        console_outputs=not quiet,
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
+    said = io.StringIO()
+    try:
+        # Help from rank 0 only: torchrun's other processes would say the same of the same words.
+        out = sys.stdout if os.environ.get("RANK", "0") == "0" else io.StringIO()
+        with redirect_stdout(out), redirect_stderr(said):
+            config: Config = tyro.cli(
+                Annotated[Config, tyro.conf.OmitArgPrefixes],
+                default=default,
+                args=words,
+                prog=program,
+                description=description,
+                config=(tyro.conf.OmitSubcommandPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        raise UserError(f"{_in_one_line(said.getvalue())} {program} --help lists the settings") from None
     if config.run.init_from is not None:
         shape = {f"--{f.name}".replace("_", "-") for f in fields(GPTConfig)} - {"--block-size", "--dropout"}
         given = {word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in words if word.startswith("--")}
@@ -252,3 +262,12 @@ def parse_args(argv: Sequence[str]) -> Config:
                 f"--init-from {config.run.init_from} brings the model's shape, which {odd} cannot change; leave one out"
             )
     return config
+
+
+def _in_one_line(box: str) -> str:
+    """What is wrong with a command line, out of the box in which tyro shows it: a title, the problem, hints."""
+    _, problem, *hints = re.split("[─-]{8,}", re.sub("[╭╮╰╯│]", " ", box))
+    similar = [hint for hint in hints if re.match(r"\s*(Perhaps|Arguments similar)", hint)]
+    meant = [name for hint in similar for name in re.findall(r"^ *(--[\w-]+) \S", hint, re.M)][:3]
+    problem = " ".join(problem.split()).rstrip(".")[:300]
+    return problem + (f"; did you mean {' or '.join(meant)}?" if meant else ";")

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.distributed.world import pick_device
-from gpt2.errors import UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli
 from gpt2.hardware import environment
 
 BENCHMARKS = {
@@ -40,7 +40,7 @@ def load(name: str) -> Any:
         UserError: there is no such benchmark, or a package it needs is not installed.
     """
     if name not in BENCHMARKS:
-        raise UserError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
+        raise UserError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}; --help describes them")
     try:
         return importlib.import_module(f"bench.{name}")
     except ModuleNotFoundError as error:
@@ -50,12 +50,12 @@ def load(name: str) -> Any:
 def main() -> int:
     """Run the benchmark the first word names."""
     names = "\n".join(f"  {name:<11}{what}" for name, what in BENCHMARKS.items())
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
         print(f"{__doc__}\nBenchmarks:\n{names}")
-        return 0 if len(sys.argv) > 1 else 2
-    name = sys.argv[1]
+        return 0
     module = load(name)
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=f"benchmark.py {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

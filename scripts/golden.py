@@ -24,6 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
+from gpt2.errors import ArgumentParser, run_cli
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = 9
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -134,7 +138,7 @@ def compare(old: Path, new: Path) -> int:
 
 def main() -> int:
     """Make golden values, or compare two files of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "files", type=Path, nargs="+", metavar="FILE", help="file to write; with --compare, two to read"
     )
@@ -146,4 +150,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from gpt2.errors import UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli
 from gpt2.files import write_whole
 from gpt2.metrics.history import METRICS_FILE
 from gpt2.report.content import report
@@ -94,7 +94,7 @@ def positive(text: str) -> float:
 
 def main() -> int:
     """Write the report; with --watch again and again while a run trains."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from gpt2.errors import UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli
 from gpt2.report.plots import short
 from gpt2.report.runs import RecordedRun, find_runs, open_run
 
@@ -47,7 +47,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     directory: Path = parser.parse_args().directory
     if not directory.is_dir():

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.distributed.world import pick_device
-from gpt2.errors import UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli
 from gpt2.generation.generate import stream
 from gpt2.generation.prompt import prompt_tokens
 from gpt2.generation.text_stream import TextStream
@@ -31,7 +31,7 @@ from gpt2.tokens.tokenizer import Tokenizer
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument

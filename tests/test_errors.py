@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -42,6 +43,16 @@ def test_exit_codes(body: str, code: int) -> None:
 def test_a_users_error_is_one_line_from_one_process(error: str, local_rank: str, said: str) -> None:
     done = run(f"raise {error}", LOCAL_RANK=local_rank)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+def test_a_wrong_option_is_one_line() -> None:
+    parser = (
+        "from gpt2.errors import ArgumentParser; p = ArgumentParser(prog='it.py'); p.add_argument('-n', type=int); "
+    )
+    done = run(parser + "p.parse_args(['-n', '9' * 5000])")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: argument -n: invalid int value: '9+; it\.py --help lists the options\n", done.stderr)
+    assert len(done.stderr) < 500
 
 
 def test_our_errors_keep_their_traceback() -> None:

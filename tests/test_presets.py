@@ -86,22 +86,40 @@ def test_config_repeats_a_run(tmp_path):
         parse_args(["--config"])
 
 
-def test_unknown_words_are_refused(capsys):
+def test_unknown_words_are_refused():
     with pytest.raises(UserError, match=r"unknown preset 'gpt3'; choose one of gpt2, .*debug"):
         parse_args(["gpt3"])
-    with pytest.raises(SystemExit) as stop:
-        parse_args(["debug", "--learning-rat", "3"])
-    assert stop.value.code == 2
-    assert "learning-rat" in capsys.readouterr().err
     with pytest.raises(UserError, match="n_layer is 0"):
         parse_args(["debug", "--n-layer", "0"])
 
 
-def test_only_rank_0_talks(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--learning-rat", "3"], r"--learning-rat, 3; did you mean .*--learning-rate.*\?"),
+        (["--nonsense"], "--nonsense;"),
+        (["--dtype", "fp8"], r"invalid choice 'fp8' for argument '--dtype'.*'bf16'.*;"),
+        (["--max-steps", "abc"], "--max-steps: .*'abc';"),
+        (["--max-steps", "9" * 5000], "--max-steps: .*;"),
+        (["--run-dir"], "'--run-dir'.*;"),
+        (["--run-dir", "/" + "long/" * 40, "--nonsense"], "--nonsense;"),
+    ],
+)
+def test_what_the_command_line_does_not_know_is_one_line(words, said, capsys):
+    with pytest.raises(UserError) as refused:
+        parse_args(["debug", *words])
+    message = str(refused.value)
+    assert re.search(said + r" train_gpt2\.py debug --help lists the settings$", message), message
+    assert len(message) < 500
+    assert not re.search("[\n╭│─]", message)
+    assert capsys.readouterr() == ("", "")  # it is told by run_cli, once
+
+
+def test_only_rank_0_helps(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stop:
-        parse_args(["debug", "--nonsense"])
-    assert stop.value.code == 2
+        parse_args(["debug", "--help"])
+    assert stop.value.code == 0
     assert capsys.readouterr() == ("", "")
 
 

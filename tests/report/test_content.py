@@ -172,7 +172,7 @@ def test_bad_places_and_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match="cannot write"):
         run_script(monkeypatch, run, "--out", run / "metrics.jsonl" / "page.html")
     for price in ("0", "-1", "nan", "inf", "much"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError, match=r"argument --price: .*; .* --help lists the options"):
             run_script(monkeypatch, run, "--price", price)
 
 
