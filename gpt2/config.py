@@ -7,7 +7,6 @@ depends on the machine or the data (devices, shards, memory) is checked by `gpt2
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from gpt2.config_checks import require, require_range, require_types
 from gpt2.errors import UserError
+from gpt2.files import read_json
 
 Position = Literal["learned", "rope", "none"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu"]
@@ -22,6 +22,14 @@ Norm = Literal["layernorm", "rmsnorm"]
 NormPosition = Literal["pre", "post"]
 SoftcapForm = Literal["tanh", "algebraic"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
+
+
+FIRST_SETTINGS = (
+    *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_size"),
+    *("data.data", "data.micro_batch_size", "data.total_batch_tokens"),
+    *("optim.optimizer", "optim.learning_rate", "run.run_dir", "run.max_steps", "run.seed"),
+)
+"""What every run's config.json holds; without it, it is none."""
 
 
 @dataclass(frozen=True)
@@ -406,33 +414,40 @@ class Config:
         }
 
     @staticmethod
-    def from_dict(raw: dict[str, Any]) -> Config:
+    def from_dict(raw: Any) -> Config:
         """The inverse of `to_dict`.
 
         Raises:
             UserError: a part or a setting this version does not know.
         """
         require(isinstance(raw, dict), f"it holds no settings but {raw!r:.40}")
-        parts: dict[str, Any] = {}
-        for part in dataclasses.fields(Config):
-            kind = type(getattr(Config(), part.name))
+        parts = {part.name: type(getattr(Config(), part.name)) for part in dataclasses.fields(Config)}
+        unknown = sorted(map(str, raw.keys() - parts.keys()))
+        require(not unknown, f"the configuration holds {', '.join(unknown)[:80]}, unknown to this version")
+        made: dict[str, Any] = {}
+        for part, kind in parts.items():
             known = {f.name: f for f in dataclasses.fields(kind)}
-            given = raw.get(part.name, {})
-            if part.name == "optim" and given.get("optimizer") == "muon":  # no choice was stored when there was none
+            given = raw.get(part, {})
+            require(isinstance(given, dict), f"{part} is {given!r:.40}; it must hold settings")
+            if part == "optim" and given.get("optimizer") == "muon":  # no choice was stored when there was none
                 given = {"muon_qkv": "together", **given}
-            unknown = sorted(given.keys() - known.keys())
-            require(not unknown, f"the configuration holds {', '.join(unknown)}, unknown to this version")
-            parts[part.name] = kind(
+            unknown = sorted(map(str, given.keys() - known.keys()))
+            require(not unknown, f"the configuration holds {', '.join(unknown)[:80]}, unknown to this version")
+            made[part] = kind(
                 **{
                     key: Path(value)
-                    if value is not None and "Path" in str(known[key].type)
+                    if isinstance(value, str) and "Path" in str(known[key].type)
                     else tuple(value)
                     if isinstance(value, list)
                     else value
                     for key, value in given.items()
                 }
             )
-        return Config(**parts)
+        # Later versions have more settings, whose defaults are what was done before; these were there from the first.
+        for name in FIRST_SETTINGS:
+            part, _, key = name.partition(".")
+            require(key in raw.get(part, {}), f"{name} is missing; a whole run configuration is needed")
+        return Config(**made)
 
     @staticmethod
     def load(path: Path) -> Config:
@@ -442,12 +457,13 @@ class Config:
             UserError: it does not exist or is not a configuration.
         """
         try:
-            return Config.from_dict(json.loads(path.read_text()))
-        except FileNotFoundError:
+            raw = read_json(path, dict)
+            if "model_type" in raw:
+                raise UserError("it describes a model, as transformers reads it; give the config.json of a run")
+            return Config.from_dict(raw)
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"there is no configuration at {path}; give the config.json of a run") from None
         except UserError as error:
-            raise UserError(f"{path} is not a run's configuration: {error}") from None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a run's configuration: {error}") from None
 
 

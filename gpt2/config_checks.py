@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,13 @@ def require_types(config: object) -> None:
     """Demand of every field a value of its type; of one with a fixed set of values, one of them."""
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if get_origin(kind) is Literal and value not in get_args(kind):
+        if isinstance(value, str | Path) and "\0" in str(value):
+            raise UserError(f"{name} is {str(value)!r:.80}; it must not hold a NUL character")
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"{name} is {value!a:.80}; it must be text that UTF-8 can hold")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"{name} has {value.bit_length()} bits; it must fit into 64")
+        if get_origin(kind) is Literal and value not in list(get_args(kind)):
             raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(str, get_args(kind)))}")
         if get_origin(kind) is not Literal and not _is_of(value, kind):
             raise UserError(f"{name} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")

@@ -40,4 +40,8 @@ def damage(path: Path, how: str) -> None:
     elif how == "other JSON":
         (path / "training.json").write_text('{"format": 1}')
     else:
-        (path / "training.json").write_text(json.dumps({**read_training(path), "format": 99}))
+        change = {"format": 99} if how == "future" else {"step": 9}
+        training = {**read_training(path), **change}
+        if how.startswith("no digest"):
+            del training["digest"]
+        (path / "training.json").write_text(json.dumps(training))

@@ -14,20 +14,34 @@ damaged or the run went back behind it, is renamed to `superseded_step_...` and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from gpt2.config import GPTConfig
-from gpt2.errors import UserError
-from gpt2.files import sha256_file, sync_directory, sync_file, write_whole
+from gpt2.errors import LaterVersion, UserError, first_line
+from gpt2.files import (
+    FORBID,
+    Count,
+    Number,
+    Sha256,
+    check,
+    read_json,
+    sha256_file,
+    sync_directory,
+    sync_file,
+    write_whole,
+)
 from gpt2.model.gpt import GPT
 from gpt2.model.hf_format import state_dict_from_hf
 from gpt2.model.pretrained import save_pretrained
@@ -37,6 +51,7 @@ FORMAT = 1
 LATEST = "latest"
 TRAINING = "training.json"
 TEMPORARY = ".writing-"
+_NEVER_NEGATIVE = ("step.", "exp_avg_sq.", "second_momentum_buffer.")
 
 
 @dataclass(frozen=True)
@@ -54,14 +69,54 @@ class Checkpoint:
     training: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class _File:
+    """What training.json says of another file."""
+
+    __pydantic_config__ = FORBID
+
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What training.json holds, as far as it is there."""
+
+    format: Count
+    step: Count
+    files: dict[Annotated[str, Field(pattern=r"\A[A-Za-z0-9_][\w.-]*\z")], _File]
+    sample: Count = 0
+    tokens: Count = 0
+    val_loss: Number | None = None
+    guard: tuple[Number, ...] = ()
+    data_fingerprint: str = ""
+    metrics_position: Count = 0
+    config: dict[str, dict[str, Any]] | None = None
+    environment: dict[str, Any] | None = None
+    digest: Sha256 | None = None
+
+
 def step_directory(directory: Path, step: int) -> Path:
     """Where the checkpoint of a step is, below the run's `checkpoints`."""
     return directory / f"step_{step:08d}"
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints below a run's `checkpoints`, oldest first."""
-    return sorted(path for path in directory.glob("step_*") if (path / TRAINING).is_file())
+    """Checkpoints below a run's `checkpoints`, oldest first; damaged ones too.
+
+    Raises:
+        UserError: the directory is there, but cannot be read.
+    """
+    try:
+        found = [path for path in directory.iterdir() if re.fullmatch(r"step_\d{8,18}", path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"cannot read {directory}: {error.strerror}; put that right, so that the run continues from its checkpoints"
+        ) from None
+    return sorted(found, key=lambda path: int(path.name[len("step_") :]))
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint, config: GPTConfig, tokenizer: Tokenizer) -> Path:
@@ -88,7 +143,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, config: GPTConfig,
             shutil.copymode(temporary / "config.json", path)
         files = {path.name: _describe_file(path) for path in sorted(temporary.iterdir())}
         training = {"format": FORMAT, **checkpoint.training, "files": files}
-        write_whole(temporary / TRAINING, json.dumps(training, indent=1))
+        write_whole(temporary / TRAINING, json.dumps({**training, "digest": _digest(training)}, indent=1))
         sync_directory(temporary)
         if final.exists():
             _supersede(final)
@@ -124,7 +179,7 @@ def supersede_later(start: Path) -> list[Path]:
     Returns:
         Their new names.
     """
-    later = [path for path in list_checkpoints(start.parent) if path.name > start.name]
+    later = [path for path in list_checkpoints(start.parent) if int(path.name[5:]) > int(start.name[5:])]
     renamed = [_supersede(path) for path in later]
     if renamed:
         _point_to(start)
@@ -141,23 +196,44 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
+def _digest(training: Mapping[str, Any]) -> str:
+    """SHA-256 of what training.json says, but for itself, however it is spelt."""
+    content = {name: value for name, value in training.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_training(path: Path) -> dict[str, Any]:
     """What training.json of a checkpoint says, without a look at the other files.
 
     Raises:
-        UserError: it is missing or unreadable.
+        LaterVersion: a later version of this program wrote it.
+        UserError: it is missing, unreadable, or not what was written.
     """
+    file = path / TRAINING
     try:
-        training = json.loads((path / TRAINING).read_text())
-        if training["format"] != FORMAT:
-            raise UserError(f"{path} is of checkpoint format {training['format']}; this version reads {FORMAT}")
-        if not {"step", "files"} <= training.keys():
-            raise KeyError("step or files missing")
-    except FileNotFoundError:
+        training: dict[str, Any] = read_json(file, dict)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is not a checkpoint of a run: it holds no {TRAINING}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / TRAINING} is damaged ({error})") from None
-    return dict(training)
+    except UserError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    found = training.get("format")
+    if type(found) is int and found > FORMAT:
+        raise LaterVersion(f"{path} is of checkpoint format {found}; this version reads {FORMAT}: update it")
+    checked = check(training, _Training, f"{file} is damaged")
+    if checked.format != FORMAT:
+        raise UserError(f"{file} is damaged: format is {found}; it must be {FORMAT}")
+    # Checkpoints had no digest before; what can be told of those without one is checked all the same.
+    if checked.digest is not None and checked.digest != _digest(training):
+        raise UserError(f"{file} is damaged: it is not what was written (its digest differs)")
+    named = re.fullmatch(r"step_(\d+)", path.name)
+    if named is not None and int(named[1]) != checked.step:
+        raise UserError(f"{file} is damaged: step is {checked.step}; the directory's name says {int(named[1])}")
+    if "sample" in training and not (checked.sample >= checked.step and (checked.sample == 0) == (checked.step == 0)):
+        raise UserError(f"{file} is damaged: sample is {checked.sample}, which step {checked.step} cannot have reached")
+    model = (checked.config or {}).get("model", {})
+    if "tokens" in training and checked.tokens != checked.sample * model.get("block_size", 0):
+        raise UserError(f"{file} is damaged: tokens is {checked.tokens}; sample and block_size say otherwise")
+    return training
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -166,16 +242,20 @@ def verify_checkpoint(path: Path) -> None:
     Raises:
         UserError: a file is missing or not what was written.
     """
-    for name, expected in read_training(path)["files"].items():
+    files = read_training(path)["files"]
+    for name in ("config.json", "model.safetensors", "optimizer.safetensors"):
+        if name not in files:
+            raise UserError(f"{path / TRAINING} is damaged: files.{name} is missing")
+    for name, expected in files.items():
         file = path / name
         try:
             size = file.stat().st_size
+            if size != expected["bytes"]:
+                raise UserError(f"{file} has {size:,} bytes, but {expected['bytes']:,} were written")
+            if sha256_file(file) != expected["sha256"]:
+                raise UserError(f"{file} is not what was written: its checksum differs")
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror})") from None
-        if size != expected["bytes"]:
-            raise UserError(f"{file} has {size:,} bytes, but {expected['bytes']:,} were written")
-        if sha256_file(file) != expected["sha256"]:
-            raise UserError(f"{file} is not what was written: its checksum differs")
 
 
 def read_checkpoint(path: Path, config: GPTConfig) -> Checkpoint:
@@ -195,8 +275,15 @@ def read_checkpoint(path: Path, config: GPTConfig) -> Checkpoint:
     try:
         model = state_dict_from_hf(load_file(path / "model.safetensors"), config, GPT.state_shapes(config))
         optimizer = load_file(path / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the checkpoint {path} is unreadable ({error})") from None
+    except UserError as error:
+        raise UserError(f"{path / 'model.safetensors'}: {error}") from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"the checkpoint {path} is unreadable ({first_line(error)})") from None
+    for name, tensor in optimizer.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise UserError(f"{path / 'optimizer.safetensors'}: {name} holds values that are not finite numbers")
+        if name.startswith(_NEVER_NEGATIVE) and tensor.numel() and tensor.min() < 0:
+            raise UserError(f"{path / 'optimizer.safetensors'}: {name} holds negative values, which it cannot have")
     rows = config.padded_vocab_size - config.softmax_size
     padded = {
         name: F.pad(t, (0, 0) * (t.ndim - 1) + (0, rows)) if _is_vocabulary(name, t) else t
@@ -205,21 +292,27 @@ def read_checkpoint(path: Path, config: GPTConfig) -> Checkpoint:
     return Checkpoint(model, padded, training)
 
 
-def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> Path | None:
+def newest_checkpoint(
+    directory: Path, say: Callable[[str], None], accept: Callable[[Path], None] = verify_checkpoint
+) -> Path | None:
     """The newest undamaged checkpoint below a run's `checkpoints`; None if there is none at all.
 
     Args:
         directory: RUN/checkpoints.
         say: prints a line about each damaged one that is passed over.
+        accept: raises UserError for one to pass over.
 
     Raises:
+        LaterVersion: the newest is of a later version; it is no damage.
         UserError: there are checkpoints, but every one is damaged.
     """
     found = list_checkpoints(directory)
     for path in reversed(found):
         try:
-            verify_checkpoint(path)
+            accept(path)
             return path
+        except LaterVersion:
+            raise
         except UserError as error:
             say(f"warning: passing over a damaged checkpoint: {error}")
     if found:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from gpt2.checkpoint.directory import (
 )
 from gpt2.config import Config, GPTConfig, OptimConfig, config_difference
 from gpt2.errors import UserError
-from gpt2.files import write_whole
+from gpt2.files import read_json, write_whole
 from gpt2.model.gpt import GPT
 from gpt2.model.hf_format import config_from_hf
 from gpt2.model.pretrained import resolve_model
@@ -30,6 +32,8 @@ CHANGEABLE = {
 }
 """Settings that change what comes out of a run, and may change within it when that is asked for; so may the
 optimizer's, but for its kind."""
+GUARD_NUMBERS = 6
+"""Of `gpt2.train.guard.StepGuard`'s state."""
 FIXED = {"data.shuffle", "data.drop_shard_tails", "run.seed", "optim.optimizer", "optim.normuon"}
 """Settings that can't change within a run, as the model's can't: the order of the data would repeat and leave out
 tokens, the optimizer's state would not fit. Everything else (the machine, the log, where the data is) changes freely:
@@ -119,9 +123,9 @@ def find_origin(config: Config) -> Origin:
             return Origin(replace(before.model, block_size=asked.block_size, dropout=asked.dropout), None)
     path = resolve_model(spec)
     try:
-        found = config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read as JSON: {error}") from None
+        found = config_from_hf(read_json(path / "config.json", dict))
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no config.json; give another --init-from") from None
     if asked.block_size > found.block_size:
         raise UserError(
             f"{spec} has a context of {found.block_size} tokens, shorter than block_size {asked.block_size}; "
@@ -139,6 +143,31 @@ def load_weights(origin: Origin) -> dict[str, Tensor]:
     return state
 
 
+def check_own(path: Path, config: Config) -> None:
+    """Demand that a checkpoint is whole and was saved by the run of these settings.
+
+    Raises:
+        LaterVersion: a later version of this program wrote it.
+        UserError: it is damaged, or of another run.
+    """
+    training = read_training(path)
+    for name in ("sample", "guard", "data_fingerprint", "metrics_position", "config"):
+        if name not in training:
+            raise UserError(f"{path / 'training.json'}: {name} is missing")
+    if len(training["guard"]) != GUARD_NUMBERS:
+        raise UserError(f"{path / 'training.json'}: guard has {len(training['guard'])} numbers, not {GUARD_NUMBERS}")
+    try:
+        saved = Config.from_dict(training["config"])
+    except UserError as error:
+        raise UserError(f"{path / 'training.json'}: {error}") from None
+    asked = replace(config, run=replace(config.run, allow_config_change=True))
+    try:
+        check_config_change(saved, asked, path)
+    except UserError as error:
+        raise UserError(f"it is of another run: {error}") from None
+    verify_checkpoint(path)
+
+
 def find_start(
     config: Config, fingerprint: str, say: Callable[[str], None], started_on: str | None = None
 ) -> Path | None:
@@ -149,6 +178,8 @@ def find_start(
         fingerprint: identity of the data the run is to read.
         say: prints a line about what is passed over.
         started_on: machine on which an earlier start of the same torchrun has claimed the run's directory.
+
+    Nothing is changed; `supersede_later` is for when all else has been found to be in order.
 
     Raises:
         UserError: the directory holds a run that can't be gone on with like this, or the checkpoint asked for is not
@@ -169,12 +200,18 @@ def find_start(
         raise UserError(f"{run} is not empty and holds no run; choose another --run")
     if stored.exists():
         check_config_change(Config.load(stored), config, run)
+    for directory in (run, checkpoints):
+        if directory.exists() and not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to {directory}: permission denied; put that right, or choose another --run")
+
+    def accept(path: Path) -> None:
+        check_own(path, config)
 
     start: Path | None = None
     if resume not in ("auto", "never"):
         start = Path(resume)
         if again or (stored.exists() and Config.load(stored).run.resume == resume):
-            own = newest_checkpoint(checkpoints, say)
+            own = newest_checkpoint(checkpoints, say, accept)
             if own is not None and own.resolve() != start.resolve():
                 say(f"going on from {own}, which this run has reached since it left {start}")
                 start = own
@@ -183,11 +220,11 @@ def find_start(
                 f"{run} has checkpoints of its own, and {start} is none of them; leave --resume out to go on from the "
                 "newest, or choose another --run"
             )
-        verify_checkpoint(start)
         if not is_own(start, run):
             check_config_change(Config.from_dict(read_training(start).get("config", {})), config, start)
+        accept(start)
     else:
-        start = newest_checkpoint(checkpoints, say)
+        start = newest_checkpoint(checkpoints, say, accept)
     if start is None:
         return None
 
@@ -200,10 +237,31 @@ def find_start(
     step = read_training(start).get("step", 0)
     if step > config.run.max_steps:
         raise UserError(f"{start} is at step {step}, past --max-steps {config.run.max_steps}; give {step} or more")
-    if is_own(start, run):
-        for path in supersede_later(start):
-            say(f"set aside as {path}: the run goes on from {start.name}")
     return start
+
+
+def store_settings(config: Config, start: Path | None, facts: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Write config.json and environment.json, and set aside checkpoints behind which the run goes back.
+
+    Called when everything that may refuse the start has passed, so that a refused one leaves every file as it was.
+
+    Raises:
+        UserError: the run's directory cannot be written to.
+    """
+    run = config.run
+    # What this file tells the next start: resume, whatever this start was told.
+    own = start is not None and is_own(start, run.run_dir)
+    resume = "auto" if start is None or own else str(start)
+    try:
+        stored = replace(config, run=replace(run, resume=resume, allow_config_change=False))
+        write_config(stored, run.run_dir / "config.json")
+        write_whole(run.run_dir / "environment.json", json.dumps(facts, indent=1) + "\n")
+        for path in supersede_later(start) if start is not None and own else []:
+            say(f"set aside as {path}: the run goes on from {start.name if start else ''}")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run directory {run.run_dir}: {error.strerror}; choose another --run"
+        ) from None
 
 
 def is_own(checkpoint: Path, run: Path) -> bool:

@@ -149,7 +149,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPTConfig:
     values: dict[str, Any] = {name: ours[name] for name in own_names & ours.keys()}
     if "activation" not in ours:
         activation = raw.get("activation_function", "gelu_new")
-        if activation not in _ACTIVATION_FROM_HF:
+        if not isinstance(activation, str) or activation not in _ACTIVATION_FROM_HF:
             raise UserError(
                 f"config.json sets activation_function to {activation!r}; known are {', '.join(_ACTIVATION_FROM_HF)}"
             )
@@ -161,7 +161,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPTConfig:
             raise UserError(f"config.json sets {hf_name} to {value!r}; it must be a whole number")
         values[name] = value
     rates = [raw.get(f"{place}_pdrop", 0.1) for place in ("resid", "embd", "attn")]
-    if len(set(rates)) > 1:
+    if len(set(map(repr, rates))) > 1:
         warnings.warn(
             f"dropout is {rates} in residual, embedding, attention; training on would use the first", stacklevel=2
         )
@@ -256,6 +256,8 @@ def state_dict_from_hf(
             if _TRANSPOSED.search(name):
                 wanted = wanted[::-1]  # as it is in the file
             raise UserError(f"{name} has shape {tuple(given[name].shape)}; config.json asks for {wanted}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite numbers; give an earlier checkpoint")
         state[name] = tensor
     if config.tie_embeddings:
         state["lm_head.weight"] = state["wte.weight"]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gpt2.config import GPTConfig
-from gpt2.errors import UserError
+from gpt2.errors import UserError, first_line
+from gpt2.files import check, open_plain, read_json, read_plain
 from gpt2.model.hf_format import OUR_KEY, config_from_hf, config_to_hf, state_dict_to_hf
 from gpt2.tokens.tokenizer import (
     CharTokenizer,
@@ -90,8 +91,8 @@ def resolve_model(spec: str | Path) -> Path:
     path = Path(spec)
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if (checkpoints / "latest").is_file():
-        newest = checkpoints / (checkpoints / "latest").read_text().strip()
-        if not (newest / "config.json").is_file():
+        newest = checkpoints / read_plain(checkpoints / "latest", 4096).decode("utf-8", "replace").strip()
+        if newest.parent != checkpoints or "\0" in newest.name or not (newest / "config.json").is_file():
             raise UserError(f"{checkpoints / 'latest'} names {newest.name}, which is not there; give a checkpoint")
         return newest
     if checkpoints != path or path.name == "checkpoints":
@@ -135,20 +136,29 @@ def read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     Raises:
         UserError: files are missing, damaged or outside the directory, or are not of a model this project computes.
     """
-    return config_from_hf(_read_json(directory / "config.json")), _read_tensors(directory)
+    path = directory / "config.json"
+    try:
+        config = config_from_hf(_read_json(path))
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    return config, _read_tensors(directory)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of the model in a directory: the one config.json names, else GPT-2's if the files are its."""
     ours = _read_json(directory / "config.json").get(OUR_KEY, {})
-    if "tokenizer" in ours:
+    if isinstance(ours, dict) and isinstance(ours.get("tokenizer"), dict):
         return tokenizer_from_dict(ours["tokenizer"])
     encoder = json.loads(gpt2_vocab_files()[0])
     for name in ("vocab.json", "tokenizer.json"):
         if (directory / name).is_file():
             vocabulary = _read_json(directory / name)
             if name == "tokenizer.json":
-                vocabulary = {**vocabulary.get("model", {}).get("vocab", {}), "<|endoftext|>": 50256}
+                model = check(vocabulary.get("model"), dict[str, Any], f"{directory / name}: model")
+                vocabulary = {
+                    **check(model.get("vocab"), dict[str, int], str(directory / name)),
+                    "<|endoftext|>": 50256,
+                }
             if vocabulary != encoder:
                 raise UserError(
                     f"{directory / name} is not GPT-2's vocabulary; GPT.from_pretrained opens the model alone"
@@ -165,8 +175,9 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
             return _read_file(directory / name)
         if index.is_file():
             tensors: dict[str, Tensor] = {}
-            for file in sorted(set(_read_json(index).get("weight_map", {}).values())):
-                if Path(file).name != file:
+            names = check(_read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
+            for file in sorted(set(names.values())):
+                if Path(file).name != file or "\0" in file:
                     raise UserError(f"{index} names {file}, which lies outside its directory")
                 tensors.update(_read_file(directory / file))
             return tensors
@@ -178,25 +189,34 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        open_plain(path).close()
+        tensors = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise UserError(f"{path} holds something else than tensors by name; give a model's weights")
+        return tensors
     except FileNotFoundError:
         raise UserError(f"{path} is missing; the model's index names it") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         earlier = [p for p in sorted(path.parent.parent.glob("step_*")) if p < path.parent]
         remedy = f"; give an earlier checkpoint, such as {earlier[-1]}" if earlier else ""
-        raise UserError(f"{path} cannot be read, it may be cut short or not hold tensors: {error}{remedy}") from error
+        said = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"{path} cannot be read, it may be cut short or not hold tensors: {said}{remedy}") from error
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose own advice is to run what the file says
+        raise UserError(
+            f"{path} cannot be read: it is cut short, or holds code beside tensors, which is not run"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
+        return read_json(path, dict)
+    except FileNotFoundError:
+        raise UserError(f"cannot read {path}: there is no such file") from None
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

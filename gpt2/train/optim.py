@@ -193,6 +193,12 @@ def load_state_tensors(
         missing.remove(full_name)
         key, _, name = full_name.partition(".")
         parameter = parameters[name]
+        held = states[name][key]
+        if (tensor.shape, tensor.dtype) != (held.shape, held.dtype):
+            raise UserError(
+                f"the checkpoint's optimizer state {full_name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, not "
+                f"{held.dtype} of shape {tuple(held.shape)}"
+            )
         if tensor.ndim == 0:  # AdamW's count of steps, never sharded
             states[name][key] = tensor.to(parameter.device, copy=True)
         else:

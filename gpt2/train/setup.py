@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,16 +15,17 @@ from torch import Tensor, nn
 
 from gpt2.allocator import keep_freed_memory
 from gpt2.checkpoint.directory import Checkpoint, read_checkpoint
-from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, settle_optim, write_config
+from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, settle_optim, store_settings
 from gpt2.checkpoint.writer import CheckpointWriter, NoWriter
 from gpt2.config import Config, RunConfig
 from gpt2.distributed.hang import HangWatch
 from gpt2.distributed.parallel import parallelize, place_like
 from gpt2.distributed.world import World
 from gpt2.errors import UserError
-from gpt2.files import lock, write_whole
+from gpt2.files import lock, open_own
 from gpt2.generation.prompt import prompt_tokens
 from gpt2.hardware import device_name, environment
+from gpt2.metrics.history import METRICS_FILE, read_metrics
 from gpt2.metrics.recorder import Metrics, NoMetrics
 from gpt2.model.compile import cannot_compile
 from gpt2.model.gpt import GPT
@@ -85,7 +85,7 @@ def set_up(config: Config, world: World) -> Run:
     claimed: list[tuple[FileIO, Checkpoint | None]] = []  # what stays in rank 0
 
     def claim() -> tuple[Path | None, Mapping[str, Any]]:
-        lock_file, start, checkpoint = claim_directory(config, world, dataset, facts, say)
+        lock_file, start, checkpoint = claim_directory(config, world, dataset, say)
         claimed.append((lock_file, checkpoint))
         return start, {} if checkpoint is None else dict(checkpoint.training)
 
@@ -93,7 +93,7 @@ def set_up(config: Config, world: World) -> Run:
     lock_file, checkpoint = claimed[0] if claimed else (None, None)
     watch = HangWatch(config.run.run_dir / "hang", world.rank)
 
-    # The stored settings keep what was asked for: the next start may be on a machine that compiles.
+    asked = config  # is what is stored: the next start may be on a machine that compiles
     obstacle = cannot_compile(world.device) if config.run.compile else None
     if world.any(obstacle is not None):
         say(f"compile    left out, the run is slower: {obstacle or 'it does not work in another process'}")
@@ -121,7 +121,13 @@ def set_up(config: Config, world: World) -> Run:
     own = start is not None and is_own(start, config.run.run_dir)
     position = training["metrics_position"] if own else 0
     opened: list[tuple[Metrics, CheckpointWriter]] = []
-    world.on_main(lambda: opened.append(open_outputs(config, world, plan, dataset, tokenizer, step, sample, position)))
+
+    def begin() -> None:
+        store_settings(asked, start, facts, say)
+        world.note(f"claimed {config.run.run_dir}", platform.node())
+        opened.append(open_outputs(config, world, plan, dataset, tokenizer, step, sample, position))
+
+    world.on_main(begin)
     metrics, writer = opened[0] if opened else (NoMetrics(), NoWriter())
     return Run(
         config=config,
@@ -212,7 +218,7 @@ def lock_run(run: Path) -> FileIO:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = FileIO(run / ".lock", "a")
+        file = open_own(run / ".lock")
     except OSError as error:
         raise UserError(f"cannot write to the run directory {run}: {error.strerror}; choose another --run") from None
     if not lock(file):
@@ -222,30 +228,37 @@ def lock_run(run: Path) -> FileIO:
 
 
 def claim_directory(
-    config: Config, world: World, dataset: Dataset, facts: Mapping[str, Any], say: Callable[[str], None]
+    config: Config, world: World, dataset: Dataset, say: Callable[[str], None]
 ) -> tuple[FileIO, Path | None, Checkpoint | None]:
-    """Lock the run's directory, read the checkpoint to continue from, store the settings; rank 0 alone.
+    """Lock the run's directory, read the checkpoint to continue from; rank 0 alone, and nothing is written.
 
     Returns:
         The lock, and the checkpoint's path and content; None to start anew.
     """
     run = config.run
     lock_file = lock_run(run.run_dir)
-    key = f"claimed {run.run_dir}"
-    start = find_start(config, dataset.fingerprint, say, started_on=world.recall(key))
-    checkpoint = None if start is None else read_checkpoint(start, config.model)
-    # What this file tells the next start: resume, whatever this start was told.
-    foreign = start is not None and not is_own(start, run.run_dir)
-    next_run = replace(run, resume=str(start) if foreign else "auto", allow_config_change=False)
+    start = find_start(config, dataset.fingerprint, say, started_on=world.recall(f"claimed {run.run_dir}"))
+    if start is None or not is_own(start, run.run_dir):
+        require_no_lost_checkpoint(run.run_dir)
+    return lock_file, start, None if start is None else read_checkpoint(start, config.model)
+
+
+def require_no_lost_checkpoint(run: Path) -> None:
+    """Refuse to begin at step 0 where the run's history tells of a checkpoint, which must have been taken away.
+
+    Raises:
+        UserError: saying how to continue, or to start anew.
+    """
     try:
-        write_config(replace(config, run=next_run), run.run_dir / "config.json")
-        write_whole(run.run_dir / "environment.json", json.dumps(facts, indent=1) + "\n")
-    except OSError as error:
+        history = read_metrics(run / METRICS_FILE)
+    except OSError:
+        return
+    saved = [record["step"] for record in history.live if record["kind"] == "checkpoint"]
+    if saved:
         raise UserError(
-            f"cannot write to the run directory {run.run_dir}: {error.strerror}; choose another --run"
-        ) from None
-    world.note(key, platform.node())
-    return lock_file, start, checkpoint
+            f"{run / METRICS_FILE} records a checkpoint of step {saved[-1]}, but {run / 'checkpoints'} holds none; put "
+            f"it back to continue, or start anew with another --run, or after moving {run} away"
+        )
 
 
 def build_model(

@@ -24,7 +24,7 @@ from gpt2.checkpoint.directory import (
     write_checkpoint,
 )
 from gpt2.config import GPTConfig
-from gpt2.errors import UserError
+from gpt2.errors import LaterVersion, UserError
 from gpt2.model.gpt import GPT
 
 
@@ -107,7 +107,8 @@ def test_errors_of_safetensors_count_as_the_disks(tmp_path: Path) -> None:
         ("gone", "cannot be read"),
         ("no JSON", "is damaged"),
         ("other JSON", "is damaged"),
-        ("future", "is of checkpoint format 99; this version reads 1"),
+        ("another step", "its digest differs"),
+        ("no digest, another step", "step is 9; the directory's name says"),
     ],
 )
 def test_damage_is_noticed_and_passed_over(tmp_path: Path, how: str, words: str) -> None:
@@ -122,6 +123,31 @@ def test_damage_is_noticed_and_passed_over(tmp_path: Path, how: str, words: str)
     damage(old, how)
     with pytest.raises(UserError, match="every checkpoint in"):
         newest_checkpoint(tmp_path, said.append)
+
+
+def test_a_later_format_is_no_damage(tmp_path: Path) -> None:
+    _, new = write(tmp_path, 1, 2)
+    damage(new, "future")
+    said: list[str] = []
+    with pytest.raises(LaterVersion, match="is of checkpoint format 99; this version reads 1: update it"):
+        newest_checkpoint(tmp_path, said.append)
+    assert not said
+
+
+def test_what_cannot_be_listed_is_no_empty_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"cannot read .*checkpoints"):
+        list_checkpoints(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("name", ["exp_avg_sq.wte.weight", "exp_avg.wte.weight", "step.wte.weight"])
+def test_moments_that_cannot_be_are_refused(tmp_path: Path, name: str) -> None:
+    for value in (float("nan"), -1.0) if name != "exp_avg.wte.weight" else (float("inf"),):
+        before = make(3)
+        wrong = {**before.optimizer, name: torch.full_like(before.optimizer.get(name, torch.ones(5, 16)), value)}
+        path = write_checkpoint(tmp_path, Checkpoint(before.model, wrong, before.training), TINY, TOKENIZER)
+        with pytest.raises(UserError, match=rf"optimizer\.safetensors: {name} holds"):
+            read_checkpoint(path, TINY)
 
 
 def test_none_at_all(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -208,3 +209,12 @@ def test_state_that_does_not_fit() -> None:
         load_state_tensors(model, optimizers, [("exp_avg.h.9.x", torch.ones(1))], place_like)
     with pytest.raises(UserError, match=r"holds no optimizer state 'exp_avg.*another --optimizer"):
         load_state_tensors(model, optimizers, [("exp_avg.wte.weight", torch.zeros(64, 16))], place_like)
+    for name, tensor, words in (
+        ("exp_avg.wte.weight", torch.zeros(3), "is torch.float32 of shape (3,), not torch.float32 of shape (64, 16)"),
+        ("step.wte.weight", torch.zeros(2), "of shape (2,), not torch.float32 of shape ()"),
+        ("exp_avg.wte.weight", torch.zeros(64, 16, dtype=torch.float64), "is torch.float64 of shape (64, 16), not"),
+        ("momentum_buffer.wte.weight", torch.zeros(64, 16), "which this run's does not"),
+        ("novel.wte.weight", torch.zeros(64, 16), "which this run's does not"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            load_state_tensors(model, optimizers, [(name, tensor)], place_like)
