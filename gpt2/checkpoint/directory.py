@@ -89,7 +89,8 @@ class _Training:
     sample: Count = 0
     tokens: Count = 0
     val_loss: Number | None = None
-    guard: tuple[Number, ...] = ()
+    guard: Annotated[tuple[Number, ...], Field(min_length=6, max_length=6)] | None = None
+    """Of `gpt2.train.guard.StepGuard`."""
     data_fingerprint: str = ""
     metrics_position: Count = 0
     config: dict[str, dict[str, Any]] | None = None
@@ -299,25 +300,27 @@ def newest_checkpoint(
 
     Args:
         directory: RUN/checkpoints.
-        say: prints a line about each damaged one that is passed over.
+        say: prints a line about each one that is passed over.
         accept: raises UserError for one to pass over.
 
     Raises:
         LaterVersion: the newest is of a later version; it is no damage.
-        UserError: there are checkpoints, but every one is damaged.
+        UserError: there are checkpoints, but none to accept.
     """
-    found = list_checkpoints(directory)
-    for path in reversed(found):
+    problems = []
+    for path in reversed(list_checkpoints(directory)):
         try:
             accept(path)
             return path
         except LaterVersion:
             raise
         except UserError as error:
-            say(f"warning: passing over a damaged checkpoint: {error}")
-    if found:
+            problems.append(str(error))
+            say(f"warning: passing over a checkpoint: {error}")
+    if problems:
         raise UserError(
-            f"every checkpoint in {directory} is damaged; move the run's directory away to start over in a new one"
+            f"no checkpoint in {directory} can be resumed ({problems[0]}); put a good one back, or start anew with "
+            "another --run"
         )
     return None
 

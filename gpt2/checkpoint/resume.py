@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +33,6 @@ CHANGEABLE = {
 }
 """Settings that change what comes out of a run, and may change within it when that is asked for; so may the
 optimizer's, but for its kind."""
-GUARD_NUMBERS = 6
-"""Of `gpt2.train.guard.StepGuard`'s state."""
 FIXED = {"data.shuffle", "data.drop_shard_tails", "run.seed", "optim.optimizer", "optim.normuon"}
 """Settings that can't change within a run, as the model's can't: the order of the data would repeat and leave out
 tokens, the optimizer's state would not fit. Everything else (the machine, the log, where the data is) changes freely:
@@ -143,8 +142,8 @@ def load_weights(origin: Origin) -> dict[str, Tensor]:
     return state
 
 
-def check_own(path: Path, config: Config) -> None:
-    """Demand that a checkpoint is whole and was saved by the run of these settings.
+def check_own(path: Path, config: Config, fingerprint: str) -> None:
+    """Demand that a checkpoint is whole and was saved by a run of these settings and this data.
 
     Raises:
         LaterVersion: a later version of this program wrote it.
@@ -154,17 +153,17 @@ def check_own(path: Path, config: Config) -> None:
     for name in ("sample", "guard", "data_fingerprint", "metrics_position", "config"):
         if name not in training:
             raise UserError(f"{path / 'training.json'}: {name} is missing")
-    if len(training["guard"]) != GUARD_NUMBERS:
-        raise UserError(f"{path / 'training.json'}: guard has {len(training['guard'])} numbers, not {GUARD_NUMBERS}")
     try:
         saved = Config.from_dict(training["config"])
     except UserError as error:
         raise UserError(f"{path / 'training.json'}: {error}") from None
-    asked = replace(config, run=replace(config.run, allow_config_change=True))
-    try:
-        check_config_change(saved, asked, path)
-    except UserError as error:
-        raise UserError(f"it is of another run: {error}") from None
+    check_config_change(saved, replace(config, run=replace(config.run, allow_config_change=True)), path)
+    trained_on = training["data_fingerprint"]
+    if trained_on != fingerprint:
+        raise UserError(
+            f"{path} was trained on other data than {config.data.data} now holds (fingerprint {trained_on[:12]}, now "
+            f"{fingerprint[:12]}); restore the data or choose another --run"
+        )
     verify_checkpoint(path)
 
 
@@ -200,12 +199,18 @@ def find_start(
         raise UserError(f"{run} is not empty and holds no run; choose another --run")
     if stored.exists():
         check_config_change(Config.load(stored), config, run)
-    for directory in (run, checkpoints):
-        if directory.exists() and not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
-            raise UserError(f"cannot write to {directory}: permission denied; put that right, or choose another --run")
+    try:  # now, not when the first checkpoint is due
+        if os.path.lexists(checkpoints):
+            with tempfile.TemporaryFile(dir=checkpoints):
+                os.listdir(checkpoints)
+    except OSError as error:
+        raise UserError(
+            f"cannot keep checkpoints in {checkpoints}: {error.strerror}; make it a directory that you can read and "
+            "write, or choose another --run"
+        ) from None
 
     def accept(path: Path) -> None:
-        check_own(path, config)
+        check_own(path, config, fingerprint)
 
     start: Path | None = None
     if resume not in ("auto", "never"):
@@ -220,21 +225,15 @@ def find_start(
                 f"{run} has checkpoints of its own, and {start} is none of them; leave --resume out to go on from the "
                 "newest, or choose another --run"
             )
-        if not is_own(start, run):
-            check_config_change(Config.from_dict(read_training(start).get("config", {})), config, start)
         accept(start)
+        if not is_own(start, run):
+            check_config_change(Config.from_dict(read_training(start)["config"]), config, start)
     else:
         start = newest_checkpoint(checkpoints, say, accept)
     if start is None:
         return None
 
-    trained_on = read_training(start).get("data_fingerprint", "")
-    if trained_on != fingerprint:
-        raise UserError(
-            f"{start} was trained on other data than {config.data.data} now holds (fingerprint {trained_on[:12]}, now "
-            f"{fingerprint[:12]}); restore the data or choose another --run"
-        )
-    step = read_training(start).get("step", 0)
+    step = read_training(start)["step"]
     if step > config.run.max_steps:
         raise UserError(f"{start} is at step {step}, past --max-steps {config.run.max_steps}; give {step} or more")
     return start

@@ -91,7 +91,12 @@ class CheckpointWriter:
     def newest(self) -> Path | None:
         """The newest complete checkpoint, once nothing is being written."""
         self.wait()
-        return next(reversed(list_checkpoints(self.directory)), None)
+        return self._last()
+
+    def _last(self) -> Path | None:
+        with contextlib.suppress(UserError):  # somebody made the directory unreadable
+            return next(reversed(list_checkpoints(self.directory)), None)
+        return None
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Begin to write a checkpoint, whose tensors must not change any more; waits for the one before it."""
@@ -122,7 +127,8 @@ class CheckpointWriter:
         except OSError as error:  # reported in the main thread
             self._outcome = error
             return
-        prune_checkpoints(self.directory, self.keep, self.keep_every)
+        with contextlib.suppress(UserError):
+            prune_checkpoints(self.directory, self.keep, self.keep_every)
 
     def _report(self) -> None:
         outcome, self._outcome = self._outcome, None
@@ -131,7 +137,7 @@ class CheckpointWriter:
             self.saved(self._step, outcome)
             return
         self.failed_step = self._step
-        last = next(reversed(list_checkpoints(self.directory)), None)
+        last = self._last()
         kept = f"the last good one is {last}" if last else "there is no earlier one"
         self.failed(f"warning: the checkpoint of step {self._step} could not be written ({outcome}); {kept}")
 

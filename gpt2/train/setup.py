@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.allocator import keep_freed_memory
-from gpt2.checkpoint.directory import Checkpoint, read_checkpoint
+from gpt2.checkpoint.directory import Checkpoint, read_checkpoint, step_directory
 from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, settle_optim, store_settings
 from gpt2.checkpoint.writer import CheckpointWriter, NoWriter
 from gpt2.config import Config, RunConfig
@@ -103,7 +103,10 @@ def set_up(config: Config, world: World) -> Run:
     guard = StepGuard(world.device, config.run.on_nonfinite, config.run.spike_zscore)
     if training:
         moments = world.share(None if checkpoint is None else checkpoint.optimizer)
-        load_state_tensors(model, optimizers, moments, place_like)
+        try:
+            load_state_tensors(model, optimizers, moments, place_like)
+        except UserError as error:
+            raise UserError(f"{start}/optimizer.safetensors: {error}") from None
         guard.state.copy_(torch.tensor(training["guard"]))
     claimed.clear()
     del checkpoint  # a second copy of the state, on the host
@@ -238,27 +241,33 @@ def claim_directory(
     run = config.run
     lock_file = lock_run(run.run_dir)
     start = find_start(config, dataset.fingerprint, say, started_on=world.recall(f"claimed {run.run_dir}"))
-    if start is None or not is_own(start, run.run_dir):
-        require_no_lost_checkpoint(run.run_dir)
+    look_for_lost_checkpoint(run.run_dir, start, say)
     return lock_file, start, None if start is None else read_checkpoint(start, config.model)
 
 
-def require_no_lost_checkpoint(run: Path) -> None:
-    """Refuse to begin at step 0 where the run's history tells of a checkpoint, which must have been taken away.
+def look_for_lost_checkpoint(run: Path, start: Path | None, say: Callable[[str], None]) -> None:
+    """Compare the checkpoint a run is to continue from with those its history records: some may have been taken away.
 
     Raises:
-        UserError: saying how to continue, or to start anew.
+        UserError: none is left, and the run would begin again in silence.
     """
+    path = run / METRICS_FILE
     try:
-        history = read_metrics(run / METRICS_FILE)
-    except OSError:
+        saved = [record["step"] for record in read_metrics(path).live if record["kind"] == "checkpoint"]
+    except FileNotFoundError:
         return
-    saved = [record["step"] for record in history.live if record["kind"] == "checkpoint"]
-    if saved:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; put that right, or choose another --run") from None
+    if not saved:
+        return
+    lost = step_directory(run / "checkpoints", saved[-1])
+    if start is None or not is_own(start, run):
         raise UserError(
-            f"{run / METRICS_FILE} records a checkpoint of step {saved[-1]}, but {run / 'checkpoints'} holds none; put "
-            f"it back to continue, or start anew with another --run, or after moving {run} away"
+            f"{path} records {lost.name}, but {lost.parent} holds no checkpoint; put it back to continue, or start "
+            f"anew with another --run, or after moving {run} away"
         )
+    if lost.name > start.name and not lost.exists():
+        say(f"warning: {path} records {lost.name}, which is not in {lost.parent}; the run continues from {start.name}")
 
 
 def build_model(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import ALONE, assert_same_bits, losses, records, saved, small, train
 
 from gpt2.checkpoint.directory import list_checkpoints
@@ -77,7 +82,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(
     (newest / "optimizer.safetensors").write_bytes(content)
     train(config)
     out = capsys.readouterr().out
-    assert "passing over a damaged checkpoint" in out
+    assert "passing over a checkpoint" in out
     assert "optimizer.safetensors is not what was written" in out
     assert "resumed at step 20" in out
     assert_same_bits(reference, saved(tmp_path / "run", 30))
@@ -89,8 +94,98 @@ def test_every_checkpoint_damaged(char_data: Path, tmp_path: Path) -> None:
     train(config)
     for path in list_checkpoints(tmp_path / "checkpoints"):
         (path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint in .* can be resumed \(.*step_00000030/model\.safetensors cannot be read"
+    ):
         train(config)
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """What a run's directory holds, but for the marks of a start itself."""
+    found = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock" and path.parent.name != "hang"]
+    return {str(path): path.read_bytes() for path in found}
+
+
+def rewrite(checkpoint: Path, moments: dict[str, torch.Tensor]) -> None:
+    """Give a checkpoint another optimizer state, and checksums that are right, as somebody would who edits it."""
+    save_file(moments, checkpoint / "optimizer.safetensors")
+    training = json.loads((checkpoint / "training.json").read_text())
+    content = (checkpoint / "optimizer.safetensors").read_bytes()
+    described = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    training["files"]["optimizer.safetensors"] = described
+    del training["digest"]  # as in files of earlier versions
+    (checkpoint / "training.json").write_text(json.dumps(training))
+
+
+def test_a_start_that_is_refused_says_why_and_changes_nothing(
+    char_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 10, "optimizer": "muon", "normuon": True, "checkpoint_every": 5}
+    train(small(char_data, tmp_path / "run", **settings))
+    moments = load_file(tmp_path / "run/checkpoints/step_00000010/optimizer.safetensors")
+    adam, muon = "exp_avg_sq.wte.weight", "second_momentum_buffer.h.0.mlp.c_fc.weight"
+
+    def lose(checkpoints: Path) -> None:
+        shutil.rmtree(checkpoints)
+
+    def lose_all_within(checkpoints: Path) -> None:
+        for path in checkpoints.glob("step_*"):
+            shutil.rmtree(path)
+
+    def link_to_nowhere(checkpoints: Path) -> None:
+        shutil.rmtree(checkpoints)
+        checkpoints.symlink_to("nowhere")
+
+    def replace_moments(**changed: torch.Tensor) -> Callable[[Path], None]:
+        return lambda checkpoints: rewrite(checkpoints / "step_00000010", {**moments, **changed})
+
+    for number, (spoil, words) in enumerate(
+        (
+            (lose, r"metrics\.jsonl records step_00000010, but .*checkpoints holds no checkpoint; put it back"),
+            (lose_all_within, r"metrics\.jsonl records step_00000010, but .*checkpoints holds no checkpoint"),
+            (link_to_nowhere, r"cannot keep checkpoints in .*checkpoints: No such file.*choose another --run"),
+            (replace_moments(**{adam: torch.zeros(59, 3)}), r"optimizer\.safetensors: .*shape \(64, 3\), not"),
+            (replace_moments(**{muon: torch.zeros(128)}), r"shape \(128,\), not .* \(128, 1\)"),
+            (replace_moments(**{adam: moments[adam].double()}), r"is torch\.float64 of shape"),
+            (replace_moments(**{adam: moments[adam] - 1}), rf"optimizer\.safetensors: {adam} holds negative values"),
+            (replace_moments(**{muon: moments[muon] / 0}), rf"{muon} holds values that are not finite"),
+            (replace_moments(novel=torch.zeros(3)), "holds 'novel', which this run's does not"),
+        )
+    ):
+        run = tmp_path / str(number)
+        shutil.copytree(tmp_path / "run", run)
+        spoil(run / "checkpoints")
+        before = files(run)
+        with pytest.raises(UserError, match=words):
+            train(small(char_data, run, **{**settings, "max_steps": 12, "allow_config_change": True}))
+        assert files(run) == before
+
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000010")  # an older one is there
+    train(small(char_data, tmp_path / "run", **settings))
+    assert "metrics.jsonl records step_00000010, which is not in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [{"seed": 7}, {"n_embd": 64}, {"data": "reversed"}])
+def test_a_checkpoint_of_another_run_in_the_place_of_one_of_this(
+    char_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, Any]
+) -> None:
+    if "data" in other:
+        dataset = open_dataset(char_data)
+        tokens = dataset.train.read(0, 5000)[::-1].copy()
+        write_dataset(tmp_path / "reversed", tokens, np.arange(590) % 59, dataset.tokenizer())
+        other = {"data": tmp_path / "reversed"}
+    settings: dict[str, Any] = {"max_steps": 10, "checkpoint_every": 5}
+    train(small(char_data, tmp_path / "run", **settings))
+    reference = saved(tmp_path / "run", 10)
+    train(small(char_data, tmp_path / "other", **{**settings, **other}))
+    place = tmp_path / "run/checkpoints/step_00000010"
+    shutil.rmtree(place)
+    shutil.copytree(tmp_path / "other/checkpoints/step_00000010", place)
+    train(small(char_data, tmp_path / "run", **settings))
+    out = capsys.readouterr().out
+    assert re.search(r"passing over a checkpoint: .*step_00000010 (holds a run with other|was trained on other)", out)
+    assert "resumed at step 5" in out
+    assert_same_bits(reference, saved(tmp_path / "run", 10))
 
 
 def test_a_finished_run_does_nothing_more(char_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
