@@ -6,7 +6,7 @@
 set -euo pipefail
 . "$(dirname "$0")/env.sh" full,test
 
-export HF_HUB_OFFLINE=1 WANDB_MODE=disabled OMP_NUM_THREADS=1
+export HF_HUB_OFFLINE=1 WANDB_MODE=disabled
 long="not slow"
 if [ "${1:-}" = --all ]; then
     long=""

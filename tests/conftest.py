@@ -1,10 +1,10 @@
-"""What the tests share. Set before torch is imported: one thread a process, no network."""
+"""What the tests share. Set before torch is imported: one thread per process unless the user says more, no network."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 

@@ -135,7 +135,7 @@ def environment() -> dict[str, str]:
     """Of a process a test starts: torchrun's own variables do not reach it, this project's modules do."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH", "RANK", "WORLD", "LOCAL", "MASTER"))}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return {**kept, "PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+    return {**kept, "PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def command(script: Path, words: list[str], processes: int = 0, torchrun: tuple[str, ...] = ()) -> list[str]:

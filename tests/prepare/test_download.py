@@ -146,7 +146,7 @@ def server():
 
 
 def run(server: Hub, tmp_path: Path, *arguments: object, **variables: str) -> tuple[int, str, str]:
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", **variables}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
