@@ -13,9 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from gpt2.prepare.small_dataset import write_dataset
 from gpt2.tokens.tokenizer import CharTokenizer
+
+# How long an example takes is the machine's affair.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 CHARS = "".join(map(chr, range(ord("A"), ord("Z") + 1))) + "abcdefghijklmnopqrstuvwxyz .,!?\n'"
 """59 characters: a vocabulary that is no multiple of 64, so that its padding is in play."""

@@ -172,7 +172,7 @@ class Started:
         self._output.seek(0)
         return self._output.read()
 
-    def finish(self, seconds: float = 240) -> tuple[int, str]:
+    def finish(self, seconds: float = 600) -> tuple[int, str]:
         """Wait for its end; returns its exit code and everything it printed."""
         try:
             code = self.process.wait(timeout=seconds)
@@ -180,7 +180,7 @@ class Started:
             raise AssertionError(f"still running after {seconds} s: {self.output()}") from None
         return code, self.output()
 
-    def until(self, condition: Callable[[], object], seconds: float = 120) -> bool:
+    def until(self, condition: Callable[[], object], seconds: float = 600) -> bool:
         """Wait until something is so; False if the process ended first."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -85,6 +85,6 @@ def test_work_outlives_its_output(path: str) -> None:
     redirect = {"closed": ">&- 2>&-", "pipe": "2>&1 | true; exit ${PIPESTATUS[0]}"}.get(path, f">{path} 2>&1")
     with tempfile.TemporaryDirectory() as directory:
         command = shlex.join([sys.executable, "-c", work, f"{directory}/end"]) + " " + redirect
-        done = subprocess.run(["bash", "-c", command], cwd=ROOT, timeout=60)
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, timeout=600)
         assert done.returncode == 0
         assert Path(f"{directory}/end").read_text() == "done"

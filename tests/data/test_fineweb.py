@@ -24,7 +24,7 @@ pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 SCRIPT = ROOT / "data" / "fineweb.py"
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
 def start(*arguments: object, script: Path = SCRIPT) -> subprocess.Popen[str]:
@@ -41,7 +41,7 @@ def start(*arguments: object, script: Path = SCRIPT) -> subprocess.Popen[str]:
 
 def run(*arguments: object, script: Path = SCRIPT) -> tuple[int, str, str]:
     process = start(*arguments, script=script)
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=600)
     return process.returncode, out, error
 
 
@@ -94,21 +94,24 @@ def test_killed_ten_times_at_random_and_continued(tmp_path):
     seed = generator.randrange(10**6)
     generator.seed(seed)
     orphans: list[int] = []
-    killed = 0
+    killed = attempts = 0
     while killed < 10:
+        attempts += 1
+        assert attempts < 100, f"seed {seed}: it is always done before it is killed"
         before = len(list(out.glob("*.npy")))
         process = start(*command, "--workers", 1 + killed % 3)
         more = generator.choice((0, 1, 1, 2, 4))  # shards to wait for before the kill; with 0, start-up is hit
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("*.npy"))) < before + more and process.poll() is None and time.monotonic() < deadline:
+        while len(list(out.glob("*.npy"))) < before + more and process.poll() is None:
             time.sleep(0.002)
         time.sleep(generator.random() * (0.02 if more else 0.7))
         orphans += children(process.pid)
-        finished = process.poll() is not None
         process.send_signal(signal.SIGKILL)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=600)
+        if process.returncode == 0:  # this test was held up by other programs, and the kill came too late
+            shutil.rmtree(out)
+            continue
+        assert process.returncode == -signal.SIGKILL, f"seed {seed}: {error}"
         killed += 1
-        assert not finished, f"seed {seed}: it ended before kill {killed}: {error}"
     code, printed, error = run(*command, "--workers", 2)
     assert code == 0, error
     files = shard_files(out)
@@ -125,7 +128,7 @@ def test_killed_ten_times_at_random_and_continued(tmp_path):
     for manifest in (mine, theirs):
         del manifest["seconds"], manifest["statistics"]["tokens_per_second"]
     assert mine == theirs
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 600
     while any(map(alive, orphans)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert orphans
@@ -133,15 +136,33 @@ def test_killed_ten_times_at_random_and_continued(tmp_path):
     assert f"{dataset.manifest.statistics()['tokens']:,}" in printed
 
 
+INTERRUPTED = """
+import os, runpy, signal, sys
+from gpt2.tokens.shard_file import ShardWriter
+
+finish, calls = ShardWriter.finish, 0
+
+def finish_and_interrupt(writer):
+    global calls
+    finish(writer)
+    calls += 1
+    if calls == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+
+ShardWriter.finish = finish_and_interrupt
+if __name__ == "__main__":
+    runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
 def test_interrupt_ends_it_and_it_continues(tmp_path):
     source, texts = write_source(tmp_path / "source", 1500)
     command = ["--source", source, "--out", tmp_path / "out", "--shard-tokens", 4000, "--val-tokens", 5000]
-    process = start(*command, "--workers", 1)
-    while not list((tmp_path / "out").glob("*_000002.npy")) and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    printed, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    code, printed, error = run(SCRIPT, *command, "--workers", 1, script=script)
+    assert code == 130
+    assert len(shard_files(tmp_path / "out")) == 3
     assert "Traceback" not in error
     assert "the same command continues" in printed
     assert run(*command)[0] == 0
@@ -217,7 +238,7 @@ def test_slurm_array_makes_parts_and_merges(tmp_path):
         assert not (out / MANIFEST_NAME).exists()
         variables = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_CPUS_PER_TASK": "1"}
         variables |= {"SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": sys.executable}
-        done = subprocess.run(command, env={**ENVIRONMENT, **variables}, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env={**ENVIRONMENT, **variables}, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     dataset = open_dataset(out)
     tokens = [dataset.val.read(0, len(dataset.val)), dataset.train.read(0, len(dataset.train))]

@@ -47,7 +47,7 @@ def start(place: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subpr
         env=environment,
         cwd=place,
         check=False,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -62,7 +62,7 @@ def test_preprocess_equals_the_harness_on_real_texts() -> None:
             assert preprocess(text) == theirs(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_tokenizing_the_ending_alone_equals_cutting_the_whole_as_the_harness_does(before: str, after: str) -> None:
     encode = gpt2_tokenizer().encode
@@ -151,7 +151,7 @@ def test_what_does_not_fit_loses_its_beginning_as_in_the_harness() -> None:
     assert make_rows((example,), gpt2_tokenizer(), "completion", 13).truncated == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(1, 300), min_size=1, max_size=60),
     st.integers(1, 9),

@@ -95,7 +95,7 @@ def test_an_unreachable_server_leaves_an_offline_record_and_a_message(
         [sys.executable, "-c", UNREACHABLE, str(tmp_path), str(ROOT / "tests")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("wandb: no connection") == 1

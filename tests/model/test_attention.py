@@ -80,7 +80,7 @@ def test_queries_behind_a_cache_are_the_last_tokens(window: int | None, T: int) 
     torch.testing.assert_close(layer(4, 2, window).attend(q[:, :, -T:], k, v, None), full[:, :, -T:])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.one_of(st.none(), st.integers(1, 10)), st.integers(0, 2**31))
 def test_mask_says_who_sees_whom(T: int, window: int | None, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

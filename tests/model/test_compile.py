@@ -67,7 +67,7 @@ PROBE = "import torch; from gpt2.model.compile import cannot_compile; print(cann
 
 def obstacle(cache: Path, **variables: str) -> str:
     env = environment() | {"TORCHINDUCTOR_CACHE_DIR": str(cache), **variables}
-    done = subprocess.run([sys.executable, "-c", PROBE], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", PROBE], env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

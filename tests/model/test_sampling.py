@@ -16,7 +16,7 @@ def random_logits(seed: int, rows: int = 3, size: int = 40) -> Tensor:
     return 3 * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     temperature=st.floats(0.2, 3),

@@ -122,7 +122,7 @@ def test_wrong_json_lines_are_told_with_their_place(tmp_path, line, message):
         all_units(path, "jsonl")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(" \n\t\r\u00a0\u3000ab'1é中😀.", max_size=80), st.integers(1, 9))
 def test_slices_of_plain_text_have_the_whole_texts_tokens(tmp_path_factory, text, size):
     path = tmp_path_factory.mktemp("text") / "x.txt"

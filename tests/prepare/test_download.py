@@ -153,7 +153,7 @@ def run(server: Hub, tmp_path: Path, *arguments: object, **variables: str) -> tu
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -97,7 +97,7 @@ def no_sync():
 bodies = st.lists(st.lists(st.integers(0, 50255), min_size=1, max_size=30), min_size=2, max_size=25)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     documents=bodies,
     per_unit=st.integers(1, 9),

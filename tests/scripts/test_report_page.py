@@ -91,7 +91,7 @@ def browse(page: Path, width: int, *, dark: bool, log: Path | None = None) -> di
         "--dump-dom",
         outside.as_uri(),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     found = re.search(r'<pre id="findings">(.*?)</pre>', result.stdout, re.DOTALL)
     assert found is not None, result.stdout[-500:] + result.stderr[-500:]
     text = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")

@@ -38,7 +38,7 @@ def test_hard_cases(fast: FastEncoder, text: str) -> None:
     assert ids.dtype == np.uint16
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.text(st.characters(codec="utf-8", exclude_characters=fast_encode._MARKS[0]))
     | st.text(WHITE + "a1'é中👍.<", max_size=40)

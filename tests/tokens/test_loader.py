@@ -32,7 +32,7 @@ def stream_in_shards(directory: Path, lengths: list[int]) -> TokenStream:
     return open_dataset(directory).train
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**40))
 def test_permute_is_a_permutation(size: int, seed: int) -> None:
     assert sorted(permute(np.arange(size), size, seed).tolist()) == list(range(size))
