@@ -218,7 +218,9 @@ def parse_args(argv: Sequence[str]) -> Config:
         if at + 1 == len(words):
             raise UserError("--config needs the path of a run's config.json")
         path = Path(words[at + 1])
-        path = path / "config.json" if path.is_dir() else path  # a run's directory will do
+        if path.is_dir():  # a run's, its `checkpoints`, or one of these
+            path = path.resolve().parent if (path / "training.json").exists() else path
+            path = (path.resolve().parent if path.resolve().name == "checkpoints" else path) / "config.json"
         del words[at : at + 2]
         if words and not words[0].startswith("-"):
             raise UserError(f"give either a preset ({words[0]}) or --config {path}, not both")

@@ -167,3 +167,30 @@ def test_a_moved_runs_configuration_means_that_run(tmp_path: Path) -> None:
         config = parse_args(["--config", str(tmp_path / name / "config.json")])
         assert config.run.run_dir == (tmp_path / name if is_run else stored.run.run_dir)
     assert parse_args(["--config", str(tmp_path / "moved"), "--run", "other"]).run.run_dir == Path("other")
+
+
+def test_a_checkpoint_as_configuration_means_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = presets()["debug"][1]
+    checkpoint = tmp_path / "run/checkpoints/step_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "training.json").write_text("{}")
+    (checkpoint / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    (tmp_path / "run/config.json").write_text(json.dumps(stored.to_dict()))
+    expected = replace(stored, run=replace(stored.run, run_dir=tmp_path / "run"))
+    for path in (tmp_path / "run", checkpoint.parent, checkpoint):
+        assert parse_args(["--config", str(path)]) == expected
+        monkeypatch.chdir(path)
+        assert parse_args(["--config", "."]).run.run_dir.resolve() == tmp_path / "run"
+    with pytest.raises(UserError, match=r"step_00000010/config\.json is not .*: it describes a model"):
+        parse_args(["--config", str(checkpoint / "config.json")])
+    checkpoint.rename(tmp_path / "alone")
+    with pytest.raises(UserError, match="there is no configuration at"):
+        parse_args(["--config", str(tmp_path / "alone")])
+
+
+@pytest.mark.parametrize("content", ["{}", '{"modle": {}}', '{"model": {"n_layer": 2}}', "[1]", "[" * 5000])
+def test_a_configuration_that_is_not_whole_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is not a run's configuration: "):
+        parse_args(["--config", str(tmp_path / "config.json")])

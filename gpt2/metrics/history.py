@@ -8,25 +8,95 @@ one history that led to the current weights, also after a return to an older che
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from gpt2.errors import UserError
+from gpt2.files import Count, check, parse_json, read_plain
 
 METRICS_FILE = "metrics.jsonl"
 
-COUNTS = ("step", "tokens", "val_tokens", "examples")
-"""Fields that are whole numbers wherever they stand."""
+MAX_BYTES = 1 << 31
+"""Of a metrics file; a million steps take a quarter of it."""
 
-NUMBERS: Mapping[str, tuple[str, ...]] = {
-    "train": ("tokens", "loss", "lr", "grad_norm", "tokens_per_second"),
-    "val": ("tokens", "loss", "val_tokens"),
-    "hellaswag": ("tokens", "acc", "acc_norm", "stderr", "examples"),
-    "sample": ("tokens",),
-    "skip": ("loss", "grad_norm"),
+_NON_FINITE = ("NaN", "Infinity", "-Infinity")
+Real = Annotated[float, Field(strict=True), BeforeValidator(lambda v: float(v) if v in _NON_FINITE else v)]
+"""A number; `gpt2.metrics.jsonl` writes those that JSON lacks as strings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """What every line holds."""
+
+    kind: str
+    step: Count
+    time: Real
+    tokens: Count = 0
+    seconds: dict[str, Real] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunStart(_Line):
+    resumes_at: Count = 0
+    world_size: Count = 1
+    dataset: str = ""
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Train(_Line):
+    tokens: Count
+    loss: Real
+    lr: Real
+    grad_norm: Real
+    tokens_per_second: Real
+    mfu: Real | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Val(_Line):
+    tokens: Count
+    loss: Real
+    val_tokens: Count
+    bits_per_byte: Real | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HellaSwag(_Line):
+    tokens: Count
+    acc: Real
+    acc_norm: Real
+    stderr: Real
+    examples: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample(_Line):
+    tokens: Count
+    prompt: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Skip(_Line):
+    loss: Real
+    grad_norm: Real
+    reason: str = ""
+
+
+_SCHEMAS = {
+    "run_start": _RunStart,
+    "train": _Train,
+    "val": _Val,
+    "hellaswag": _HellaSwag,
+    "sample": _Sample,
+    "skip": _Skip,
 }
-"""What a line of each kind must hold as a number, beside step and time; NaN and infinities are stored as strings."""
+"""What a line of each kind must hold; it may hold more."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +136,12 @@ def parse_lines(content: bytes) -> Iterator[Line | None]:
 
 def _parse(offset: int, raw: bytes) -> Line | None:
     try:
-        record = json.loads(raw)
-        if not isinstance(record["kind"], str) or any(type(record.get(name, 0)) is not int for name in COUNTS):
-            return None
-        for name in ("step", "time", *NUMBERS.get(record["kind"], ())):
-            record[name] = record[name] if type(record[name]) is int else float(record[name])
-    except (ValueError, KeyError, TypeError):
+        record = parse_json(raw, "it")
+        kind = str(record.get("kind")) if isinstance(record, dict) else ""
+        checked: _Line = check(record, _SCHEMAS.get(kind, _Line), "it")
+    except UserError:
         return None
-    return Line(offset, record)
+    return Line(offset, {**record, **{name: value for name, value in vars(checked).items() if name in record}})
 
 
 def live_lines(lines: Iterable[Line]) -> list[Line]:
@@ -86,8 +154,7 @@ def live_lines(lines: Iterable[Line]) -> list[Line]:
         if offset >= end:
             continue  # a start whose steps no later start resumed from
         ranges.append((offset, end))
-        resumes_at = record.get("resumes_at", 0)
-        end = min(resumes_at, offset) if type(resumes_at) is int else 0
+        end = min(record.get("resumes_at", 0), offset)
     if not starts:
         ranges.append((0, end))
     return [line for line in lines if any(first <= line.offset < stop for first, stop in ranges)]
@@ -102,7 +169,7 @@ def read_metrics(path: Path) -> History:
     Raises:
         OSError: it cannot be read.
     """
-    parsed = list(parse_lines(path.read_bytes()))
+    parsed = list(parse_lines(read_plain(path, MAX_BYTES)))
     lines = [line for line in parsed if line is not None]
     live = live_lines(lines)
     kept = {line.offset for line in live}

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError
-from gpt2.files import lock
-from gpt2.metrics.history import live_lines, parse_lines
+from gpt2.files import lock, open_own, read_plain
+from gpt2.metrics.history import MAX_BYTES, live_lines, parse_lines
 
 
 def _strict(value: Any) -> Any:
@@ -47,7 +47,7 @@ class MetricsFile:
         self.file: FileIO | None = None
         self.whole = True  # the file ends with a whole line
         with self._forgive():
-            self.file = FileIO(path, "a+")
+            self.file = open_own(path)
             for _ in range(20):  # somebody who looks at the run holds it for an instant
                 if lock(self.file):
                     break
@@ -71,8 +71,11 @@ class MetricsFile:
         """Where, in bytes, the history ends that a start at `start_step` resumes; keeps its records."""
         content = b""
         with self._forgive():
-            content = self.path.read_bytes()
-        lines = [line for line in parse_lines(content) if line is not None]
+            content = read_plain(self.path, MAX_BYTES)
+        parsed = list(parse_lines(content))
+        lines = [line for line in parsed if line is not None]
+        if damaged := len(parsed) - len(lines):  # a kill tears one at most
+            self.say(f"{self.path}: {damaged} damaged {'line is' if damaged == 1 else 'lines are'} passed over")
         live = live_lines(lines)
         if position is not None:
             end = min(position, len(content))

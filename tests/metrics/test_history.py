@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,12 @@ def test_random_lives_are_read_as_the_history_that_was_lived(tmp_path: Path, see
     path = tmp_path / "metrics.jsonl"
     checkpoints: list[tuple[int, int, list[float]]] = [(0, 0, [])]  # step, position, losses so far
     lived: list[float] = []
+    said: list[str] = []
     for _ in range(6):
         # Without a position, only the newest line of history can be gone back to.
         step, position, lived = rng.choice(checkpoints) if by_position else checkpoints[-1]
         lived = list(lived)
-        file = MetricsFile(path, lambda text: pytest.fail(text))
+        file = MetricsFile(path, said.append)
         resumes_at = file.resume(step, position if by_position else None)
         file.write({"kind": "run_start", "step": step, "time": 0.0, "resumes_at": resumes_at})
         for _ in range(rng.randrange(8)):
@@ -92,6 +94,7 @@ def test_random_lives_are_read_as_the_history_that_was_lived(tmp_path: Path, see
                 torn.write(b'{"kind": "train", "st')
     history = read_metrics(path)
     assert [record["loss"] for record in history.live if record["kind"] == "train"] == lived
+    assert all("damaged" in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,14 @@ def test_random_lives_are_read_as_the_history_that_was_lived(tmp_path: Path, see
         b'{"kind": "val", "step": 1, "time": 1, "tokens": "NaN", "loss": 1, "val_tokens": 1}',
         b'{"kind": "note", "step": 1}',
         b"\xff\xfe{}",
+        b"[" * 5000,
+        b'{"kind": "note", "step": 1, "time": 1, "x": ' + b"9" * 5000 + b"}",
+        b'{"kind": "note", "step": 1, "time": NaN}',
+        b'{"kind": "note", "step": -1, "time": 1}',
+        b'{"kind": "note", "step": true, "time": 1}',
+        b'{"kind": "run_start", "step": 1, "time": 1, "resumes_at": "0"}',
+        b'{"kind": "run_start", "step": 1, "time": 1, "config": null}',
+        b'{"kind": "run_end", "step": 1, "time": 1, "seconds": {"train": "long"}}',
     ],
 )
 def test_what_is_not_ours_counts_as_torn(tmp_path: Path, raw: bytes) -> None:
@@ -116,6 +127,41 @@ def test_what_is_not_ours_counts_as_torn(tmp_path: Path, raw: bytes) -> None:
     history = read_metrics(path)
     assert len(history.live) == 1
     assert history.torn == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.parametrize("kind", ["fifo", "directory", "link"])
+def test_what_is_no_plain_file_is_said_and_never_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    (tmp_path / "elsewhere").write_bytes(encode([train(5)]))
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("elsewhere")
+    said: list[str] = []
+    file = MetricsFile(path, said.append)
+    file.resume(0, None)
+    file.write(train(1))
+    file.close()
+    assert len(said) == 1
+    assert said[0].startswith(f"cannot write {path} (")
+    assert (tmp_path / "elsewhere").read_bytes() == encode([train(5)])
+    if kind != "link":
+        with pytest.raises(OSError, match=r"plain file|directory"):
+            read_metrics(path)
+
+
+def test_a_damaged_line_is_said_when_a_run_resumes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(encode([train(1)]) + b'{"kind": "train", "step": "two"}\n' + encode([train(3)]))
+    said: list[str] = []
+    file = MetricsFile(path, said.append)
+    assert file.resume(3, None) == path.stat().st_size
+    file.close()
+    assert said == [f"{path}: 1 damaged line is passed over"]
+    assert [record["step"] for record in file.kept] == [1, 3]
 
 
 def test_values_that_json_lacks_come_back(tmp_path: Path) -> None:
