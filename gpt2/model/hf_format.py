@@ -26,9 +26,9 @@ from gpt2.tokens.tokenizer import Tokenizer, tokenizer_to_dict
 OUR_KEY = "repro_gpt2"
 """Key of config.json that holds what `transformers` has no words for; also the model type of our own variants."""
 
-_ACTIVATION_TO_HF = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
+ACTIVATION_TO_HF = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
 _ACTIVATION_FROM_HF = {
-    **{hf: ours for ours, hf in _ACTIVATION_TO_HF.items()},
+    **{hf: ours for ours, hf in ACTIVATION_TO_HF.items()},
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -76,7 +76,7 @@ def not_in_transformers(config: GPTConfig) -> list[str]:
         values["window"] = None
     known = _IN_HF | _OURS_ALONE
     odd = [f"{name}={value}" for name, value in values.items() if name not in known and value != defaults[name]]
-    if config.activation not in _ACTIVATION_TO_HF:
+    if config.activation not in ACTIVATION_TO_HF:
         odd.append(f"activation={config.activation}")
     return odd
 
@@ -103,7 +103,7 @@ def config_to_hf(config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, An
     return {
         "model_type": OUR_KEY if odd else "gpt2",
         "architectures": ["ReproGPT2Variant" if odd else "GPT2LMHeadModel"],
-        "activation_function": refusal if odd else _ACTIVATION_TO_HF[config.activation],
+        "activation_function": refusal if odd else ACTIVATION_TO_HF[config.activation],
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,

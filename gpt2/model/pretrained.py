@@ -37,10 +37,13 @@ def save_pretrained(
         directory: exists; files of the same names are replaced.
         state: `GPT.state_dict()`'s, unsharded, on any device.
         config: the model's.
-        tokenizer: the one its tokens are of; None writes no tokenizer.
+        tokenizer: the one its tokens are of; None writes no tokenizer, nor does one of more tokens than the model has:
+            ids below them, of shards without a manifest, are some other tokenizer's.
     """
     from safetensors.torch import save_file
 
+    if tokenizer is not None and tokenizer.n_vocab > config.vocab_size:
+        tokenizer = None
     save_file(state_dict_to_hf(state, config), directory / "model.safetensors", metadata={"format": "pt"})
     raw = config_to_hf(config, tokenizer)
     _write_json(directory / "config.json", raw)
@@ -48,8 +51,12 @@ def save_pretrained(
         directory / "generation_config.json",
         {name: raw[name] for name in ("bos_token_id", "eos_token_id") if raw[name] is not None},
     )
-    if tokenizer is None:
-        return
+    if tokenizer is not None:
+        save_tokenizer(directory, tokenizer, config)
+
+
+def save_tokenizer(directory: Path, tokenizer: Tokenizer, config: GPTConfig) -> None:
+    """Write a model's tokenizer so that `transformers` opens it."""
     limit = {"model_max_length": config.block_size, "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, CharTokenizer):
         _write_json(directory / "tokenizer.json", _char_tokenizer_to_hf(tokenizer))
@@ -78,17 +85,39 @@ def _char_tokenizer_to_hf(tokenizer: CharTokenizer) -> dict[str, Any]:
     }
 
 
+def gpt2_tokenizer_json() -> dict[str, Any]:
+    """`tokenizer.json` of GPT-2, as the library `tokenizers` reads it, from the vocabulary's two files."""
+    encoder, merges = gpt2_vocab_files()
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": 50256, "content": "<|endoftext|>", "special": True, "normalized": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{**end, "single_word": False, "lstrip": False, "rstrip": False}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": {**byte_level, "trim_offsets": False},
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": json.loads(encoder),
+            "merges": merges.decode("utf-8").split("\n")[1:-1],  # first line: version; last: empty
+        },
+    }
+
+
 def resolve_model(spec: str | Path) -> Path:
     """The directory that holds the model a user named.
 
     Args:
-        spec: a run (its newest checkpoint), a checkpoint, a directory of `transformers`', or a name on the Hugging
-            Face Hub, which is downloaded unless it is cached.
+        spec: a run (its newest checkpoint), RUN@best (its checkpoint of the lowest validation loss), a checkpoint, a
+            directory of `transformers`', or a name on the Hugging Face Hub, which is downloaded unless it is cached.
 
     Raises:
         UserError: there is no such model.
     """
     path = Path(spec)
+    if str(spec).endswith("@best") and not path.exists():
+        return _best_checkpoint(Path(str(spec)[: -len("@best")]))
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if (checkpoints / "latest").is_file():
         newest = checkpoints / read_plain(checkpoints / "latest", 4096).decode("utf-8", "replace").strip()
@@ -104,6 +133,15 @@ def resolve_model(spec: str | Path) -> Path:
     if not _HUB_NAME.match(str(spec)):
         raise UserError(f"no model at {spec}")
     return _download(str(spec))
+
+
+def _best_checkpoint(run: Path) -> Path:
+    """The complete checkpoint of a run whose validation loss is lowest, of equal ones the newest."""
+    found = sorted((run / "checkpoints").glob("step_*/training.json"), reverse=True)
+    losses = {path.parent: loss for path in found if (loss := _read_json(path).get("val_loss")) is not None}
+    if not losses:
+        raise UserError(f"{run}@best: {run} is not a run that holds a checkpoint with a validation loss")
+    return min(losses, key=lambda path: losses[path])
 
 
 def _download(name: str) -> Path:
