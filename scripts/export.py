@@ -34,7 +34,7 @@ from gpt2.model.hf_format import config_to_hf, not_in_transformers, state_dict_t
 from gpt2.model.llama_format import llama_config, llama_family, state_dict_to_llama
 from gpt2.model.pretrained import gpt2_tokenizer_json, load_tokenizer, resolve_model, save_tokenizer
 from gpt2.report.content import report
-from gpt2.report.runs import Run, bits_per_byte, open_run
+from gpt2.report.runs import RecordedRun, bits_per_byte, open_run
 from gpt2.tokens.tokenizer import Tokenizer
 
 CODE = Path(__file__).resolve().parent / "exported" / "modeling_repro_gpt2.py"
@@ -152,7 +152,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def draw_curves(run: Run, folder: Path) -> list[str]:
+def draw_curves(run: RecordedRun, folder: Path) -> list[str]:
     """Draw the run's curves into the folder, where matplotlib is installed; returns the pictures' names."""
     try:
         from gpt2.report.plots import save_plots
@@ -171,7 +171,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 def model_card(
     name: str,
-    run: Run,
+    run: RecordedRun,
     step: int,
     model: GPT,
     architecture: str,
@@ -241,7 +241,7 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def data_line(run: Run) -> str:
+def data_line(run: RecordedRun) -> str:
     """What the model was trained on, by name."""
     dataset = PurePath(str(run.start.get("dataset", ""))).name or "unknown"
     title = dataset if run.corpus is None else f"{reference.CORPUS_TITLES[run.corpus]} (`{dataset}`)"
@@ -252,7 +252,7 @@ def data_line(run: Run) -> str:
     return f"{title}. The licence of the data applies to what is made of it.{began}"
 
 
-def recipe(run: Run) -> list[tuple[str, object]]:
+def recipe(run: RecordedRun) -> list[tuple[str, object]]:
     """Settings that make the run again: the optimizer's, and the others' where they say what was learnt."""
     config = run.config
     plain = asdict(GPTConfig())
@@ -266,7 +266,7 @@ def recipe(run: Run) -> list[tuple[str, object]]:
     return [*rows, *model, *optim]
 
 
-def evaluation(run: Run, step: int) -> list[str]:
+def evaluation(run: RecordedRun, step: int) -> list[str]:
     """Validation losses up to a step, at most a dozen of them, and the last HellaSwag score."""
     val = [record for record in run.records("val") if record["step"] <= step]
     if not val:
