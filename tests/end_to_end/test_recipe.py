@@ -108,7 +108,7 @@ def test_two_processes_follow_the_recipe(data: Path, tmp_path: Path, literal: li
     code, output = finish(ROOT / "train_gpt2.py", [*words, "--parallel", parallel], processes=2)
     assert code == 0, output
     # Each process rounds the embedding's gradient to bf16 before they are added up.
-    assert difference(list(losses(tmp_path).values()), literal) <= 2e-3
+    assert difference(list(losses(tmp_path).values()), literal) <= 2e-4
 
 
 LEFT_OUT: dict[str, tuple[str, ...]] = {
