@@ -1,8 +1,8 @@
-"""Which tokens each step sees: a pure function of the seed and a global sample index.
+"""Which tokens each step sees: a pure function of the seed and a global sequence index.
 
 The train split is cut into blocks of `block_size + 1` tokens that overlap by one, so that every token but the first is
-once a target. Sample g of a run (g counts all sequences from its start) is block g mod n of epoch g div n, in that
-epoch's seeded order. A step takes the next `sequences_per_step` samples, cut into processes and micro-batches, so the
+once a target. Sequence g of a run (g counts from the run's start) is block g mod n of epoch g div n, in that
+epoch's seeded order. A step takes the next `sequences_per_step` of them, cut into processes and micro-batches, so the
 same step sees the same tokens for any number of processes, micro-batch size and accumulation, and after any restart.
 The loader's whole state is g.
 """
@@ -112,9 +112,9 @@ class Blocks:
         runs = np.searchsorted(self._run_blocks, blocks, side="right") - 1
         return self._run_starts[runs] + (blocks - self._run_blocks[runs]) * self.block_size
 
-    def order(self, samples: np.ndarray) -> np.ndarray:
-        """Blocks that the given samples of a run are, (n,) to (n,)."""
-        epochs, places = np.divmod(samples, self.count)
+    def order(self, sequences: np.ndarray) -> np.ndarray:
+        """Blocks that the given sequences of a run are, (n,) to (n,)."""
+        epochs, places = np.divmod(sequences, self.count)
         if self.seed is None:
             return places
         blocks = np.empty_like(places)
@@ -161,7 +161,7 @@ class Loader:
     Args:
         blocks: the train split.
         sequences_per_step: over all processes.
-        start: sample the first step begins with.
+        start: index of the sequence that the first step begins with.
         rank: this process's, of `world_size`.
         micro_batch_size: sequences a forward pass; sequences_per_step is a multiple of it times world_size.
         device: the tokens go to.
@@ -179,7 +179,7 @@ class Loader:
     ):
         self._blocks, self._device = blocks, device
         self._micro_batch_size, self._sequences_per_step = micro_batch_size, sequences_per_step
-        # Micro-step k of rank r takes rows [(k W + r) B, (k W + r + 1) B) of the step's samples.
+        # Micro-step k of rank r takes rows [(k W + r) B, (k W + r + 1) B) of the step's sequences.
         rows = np.arange(sequences_per_step).reshape(-1, world_size, micro_batch_size)
         self._rows = rows[:, rank].reshape(-1)
         self.failure: UserError | None = None
@@ -221,13 +221,13 @@ class Loader:
     def _cut(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(self._micro_batch_size)]
 
-    def _produce(self, sample: int) -> None:
+    def _produce(self, first: int) -> None:
         while not self._stop.is_set():
             item: Tensor | Exception
             try:
                 if self._device.type == "cuda":
                     torch.cuda.set_device(self._device)  # a thread's own: pinning would wake GPU 0 in every process
-                item = on_host(self._blocks.read(self._blocks.order(sample + self._rows)), self._device)
+                item = on_host(self._blocks.read(self._blocks.order(first + self._rows)), self._device)
             except Exception as error:  # raised again where the step asks for its data
                 item = error
             while not self._stop.is_set():
@@ -238,4 +238,4 @@ class Loader:
                     continue
             if isinstance(item, Exception):
                 return
-            sample += self._sequences_per_step
+            first += self._sequences_per_step

@@ -47,7 +47,7 @@ class Run:
         writer: writes checkpoints in the background.
         lock: held by rank 0 until the run ends.
         step: optimizer steps finished.
-        sample: sequences of the run's order used up.
+        sequences_read: sequences of the run's order that its steps have used.
         val_loss: validation loss of this very step, if it was evaluated.
         saved_step: the step last saved or restored; -1: none.
         saved_at: when that was, in seconds of `time.monotonic`.
@@ -75,7 +75,7 @@ class Run:
     writer: CheckpointWriter | NoWriter
     lock: FileIO | None
     step: int = 0
-    sample: int = 0
+    sequences_read: int = 0
     val_loss: float | None = None
     saved_step: int = -1
     saved_at: float = field(default_factory=lambda: time.monotonic())
@@ -97,7 +97,7 @@ class Run:
         return Loader(
             self.train_blocks,
             self.config.sequences_per_step,
-            self.sample,
+            self.sequences_read,
             self.world.rank,
             self.world.size,
             self.config.data.micro_batch_size,
@@ -106,10 +106,10 @@ class Run:
 
     def advance(self) -> None:
         """Count a step, and say where an epoch ended in it."""
-        before = self.sample
+        before = self.sequences_read
         self.step += 1
-        self.sample += self.config.sequences_per_step
+        self.sequences_read += self.config.sequences_per_step
         self.val_loss = None
         blocks = self.train_blocks.count
-        for epoch in range(before // blocks + 1, self.sample // blocks + 1):
+        for epoch in range(before // blocks + 1, self.sequences_read // blocks + 1):
             self.say(f"epoch {epoch} ended in step {self.step}: each of {blocks:,} sequences was read once")

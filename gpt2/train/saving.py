@@ -40,8 +40,8 @@ def save(run: Run) -> None:
         optimizer = state_tensors(run.model, run.optimizers, gather)
         training = {
             "step": run.step,
-            "sample": run.sample,
-            "tokens": run.sample * run.config.model.block_size,
+            "sample": run.sequences_read,
+            "tokens": run.sequences_read * run.config.model.block_size,
             "val_loss": run.val_loss if run.val_loss is not None and math.isfinite(run.val_loss) else None,
             "guard": run.guard.state.tolist(),
             "data_fingerprint": run.dataset.fingerprint,

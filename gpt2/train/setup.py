@@ -110,7 +110,7 @@ def set_up(config: Config, world: World) -> Run:
         guard.state.copy_(torch.tensor(training["guard"]))
     claimed.clear()
     del checkpoint  # a second copy of the state, on the host
-    step, sample = training.get("step", 0), training.get("sample", 0)
+    step, sequences_read = training.get("step", 0), training.get("sample", 0)
 
     for line in plan.lines(config, world.size, device_name(world.device), dtype):
         say(line)
@@ -128,7 +128,7 @@ def set_up(config: Config, world: World) -> Run:
     def begin() -> None:
         store_settings(asked, start, facts, say)
         world.note(f"claimed {config.run.run_dir}", platform.node())
-        opened.append(open_outputs(config, world, plan, dataset, tokenizer, step, sample, position))
+        opened.append(open_outputs(config, world, plan, dataset, tokenizer, step, sequences_read, position))
 
     world.on_main(begin)
     metrics, writer = opened[0] if opened else (NoMetrics(), NoWriter())
@@ -152,7 +152,7 @@ def set_up(config: Config, world: World) -> Run:
         writer=writer,
         lock=lock_file,
         step=step,
-        sample=sample,
+        sequences_read=sequences_read,
         val_loss=training.get("val_loss"),
         saved_step=step if training else -1,
     )
@@ -311,7 +311,7 @@ def open_outputs(
     dataset: Dataset,
     tokenizer: Tokenizer,
     step: int,
-    sample: int,
+    sequences_read: int,
     metrics_position: int,
 ) -> tuple[Metrics, CheckpointWriter]:
     """What rank 0 writes to."""
@@ -323,7 +323,7 @@ def open_outputs(
         device=world.device,
         world_size=world.size,
         start_step=step,
-        start_tokens=sample * config.model.block_size,
+        start_tokens=sequences_read * config.model.block_size,
         position=metrics_position,
         dataset=dataset.manifest.name if dataset.manifest else config.data.data.name,
     )

@@ -288,9 +288,9 @@ def test_changed_settings(char_data: Path, tmp_path: Path) -> None:
 
     allowed = small(char_data, tmp_path, max_steps=14, total_batch_tokens=1024, allow_config_change=True)
     run = train(allowed)
-    assert run.sample == 10 * 8 + 4 * 16  # no sequence twice, none left out
+    assert run.sequences_read == 10 * 8 + 4 * 16  # no sequence twice, none left out
     training = json.loads((tmp_path / "checkpoints/step_00000014/training.json").read_text())
-    assert training["tokens"] == run.sample * 64
+    assert training["tokens"] == run.sequences_read * 64
     # The machine's part of the settings is free.
     train(small(char_data, tmp_path, max_steps=14, total_batch_tokens=1024, micro_batch_size=2, log_every=3))
 

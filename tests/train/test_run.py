@@ -19,7 +19,7 @@ def test_a_step_counts_its_sequences_and_tells_of_epochs(
     try:
         for _ in range(25):
             run.advance()
-        assert (run.step, run.sample, run.val_loss) == (25, 200, None)
+        assert (run.step, run.sequences_read, run.val_loss) == (25, 200, None)
         assert " ended in step " not in capsys.readouterr().out
         run.advance()
         assert "epoch 1 ended in step 26: each of 203 sequences was read once" in capsys.readouterr().out

@@ -35,7 +35,7 @@ def test_a_step_is_saved_once_with_what_resuming_needs(
     char_data: Path, tmp_path: Path, loss: float | None, stored: float | None
 ) -> None:
     run = set_up(small(char_data, tmp_path), ALONE)
-    run.step, run.sample, run.val_loss, run.save_due = 3, 24, loss, True
+    run.step, run.sequences_read, run.val_loss, run.save_due = 3, 24, loss, True
     try:
         save(run)
         assert not run.save_due
