@@ -23,7 +23,7 @@ import torch
 
 from gpt2.distributed.world import World, joined_world
 from gpt2.errors import ArgumentParser, UserError, run_cli
-from gpt2.files import write_whole
+from gpt2.files import check_output, write_whole
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
 from gpt2.hellaswag.rows import CONVENTIONS
@@ -214,12 +214,6 @@ def example_lines(spec: str, examples: tuple[Example, ...], results: list[Result
     return lines
 
 
-def check_writable(path: Path | None) -> None:
-    """Fail now rather than after the evaluation."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"cannot write {path}: it must be a file in an existing directory")
-
-
 def run(args: argparse.Namespace, this: World) -> None:
     """Evaluate and report; called by every process."""
     # Models first: they may be misspelt, and are found sooner than the data is fetched.
@@ -270,10 +264,8 @@ def run(args: argparse.Namespace, this: World) -> None:
             "processes": this.size,
             "results": entries,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.json, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     if args.per_example is not None:
-        args.per_example.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.per_example, "".join(per_example))
 
 
@@ -282,8 +274,8 @@ def main() -> None:
     args = parse_arguments()
     if args.token_budget is not None and args.token_budget < 1:
         raise UserError(f"--token-budget is {args.token_budget}; it must be at least 1")
-    check_writable(args.json)
-    check_writable(args.per_example)
+    check_output(args.json, "--json")
+    check_output(args.per_example, "--per-example")
     with joined_world(args.device) as this:
         run(args, this)
 

@@ -21,10 +21,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from gpt2.errors import ArgumentParser, UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli, visible
 
 _DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
 _SHARD_NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb"}  # as build-nanogpt and llm.c call them
+
+
+def say(text: str) -> None:
+    """Print a line with the names of other people's files in it."""
+    print(visible(text))
 
 
 def count(text: str) -> int:
@@ -129,11 +134,11 @@ def tokenize(args: argparse.Namespace) -> int:
     which = Part(*args.part) if args.part else None
     path = manifest_path(out, which)
     source = find_source(addresses, load_manifest(path).source if path.exists() else None, out)
-    print(f"{source.description}: {len(source.files)} files, {sum(f.size for f in source.files) / 1e9:.3g} GB → {out}")
+    say(f"{source.description}: {len(source.files)} files, {sum(f.size for f in source.files) / 1e9:.3g} GB → {out}")
     for reason, names in groupby(sorted(source.unread, key=lambda item: item[::-1]), key=lambda item: item[1]):
         listed = [name for name, _ in names]
         more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
-        print(f"not read, {reason}: {len(listed)} ({', '.join(listed[:20])}{more})")
+        say(f"not read, {reason}: {len(listed)} ({', '.join(listed[:20])}{more})")
     job = Job(
         directory=out,
         name=name,
@@ -147,7 +152,7 @@ def tokenize(args: argparse.Namespace) -> int:
         part=which,
         keep_downloads=args.keep_downloads,
     )
-    manifest = prepare(job, print)
+    manifest = prepare(job, say)
     _print_statistics(manifest.statistics())
     if args.plot:
         from gpt2.prepare.length_plot import plot_lengths
@@ -162,7 +167,7 @@ def _print_statistics(statistics: dict[str, object]) -> None:
             text = "  ".join(f"{k} {v:,}" for k, v in value.items() if v is not None)
         else:
             text = f"{value:,}" if isinstance(value, int | float) else str(value)
-        print(f"  {key.replace('_', ' '):<20} {text}")
+        say(f"  {key.replace('_', ' '):<20} {text}")
 
 
 def verify(directory: Path) -> int:
@@ -185,7 +190,7 @@ def verify(directory: Path) -> int:
     for check in (check for group in checks for check in group):
         shards += 1
         result = check.problem or "ok"
-        print(f"{check.path.name:<40} {check.tokens:>13,} {check.documents:>11,} {check.largest:>10,}  {result}")
+        say(f"{check.path.name:<40} {check.tokens:>13,} {check.documents:>11,} {check.largest:>10,}  {result}")
         if check.problem:
             faults.append(check)
     if faults:

@@ -62,7 +62,7 @@ def warn(message: str) -> None:
     """Say what works, but not well: one line on stderr, once, by one of a machine's processes."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError, ValueError, AttributeError):  # a stderr that is full, closed or missing
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            print(f"warning: {visible(message)}", file=sys.stderr, flush=True)
 
 
 class OutlivingStream:

@@ -112,6 +112,29 @@ def write_whole(path: Path, content: bytes | str, *, sync: bool = True) -> None:
         file.write(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
 
 
+def check_output(path: Path | None, flag: str) -> None:
+    """Refuse, before the work, a file that could not be written after it; its folder is made.
+
+    Args:
+        path: a file to be written whole; None: nothing is.
+        flag: the option that names it, for the message.
+
+    Raises:
+        UserError: there is something else of that name, or it cannot be written there.
+    """
+    if path is None:
+        return
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{flag} {path} is a {'directory' if path.is_dir() else 'device or pipe'}; name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_sibling(path)
+        create(temporary).close()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {flag} {path}: {error.strerror}; choose another file") from None
+
+
 def open_plain(path: Path) -> BinaryIO:
     """Open a plain file, or a link to one, for reading; anything else is refused at once, and never waited for.
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from gpt2.distributed.world import pick_device
 from gpt2.errors import ArgumentParser, UserError, run_cli
-from gpt2.figures import save_figure
+from gpt2.figures import check_picture, save_figure
 from gpt2.model.attention import recorded_weights
 from gpt2.model.gpt import GPT, load_pretrained
 
@@ -114,6 +114,7 @@ def draw(weights: Tensor, labels: Sequence[str], title: str, out: Path) -> None:
 def main() -> int:
     """Draw as the command line says."""
     args = parse(sys.argv[1:])
+    check_picture(args.out, "--out")
     model, tokenizer = load_pretrained(args.model, pick_device(args.device))
     tokens = tokenizer.encode(args.prompt)
     weights = layer_weights(model, tokens, args.layer)

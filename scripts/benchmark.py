@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from gpt2.distributed.world import pick_device
 from gpt2.errors import ArgumentParser, UserError, run_cli
+from gpt2.files import check_output, write_whole
 from gpt2.hardware import environment
 
 BENCHMARKS = {
@@ -64,8 +65,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     module.add_arguments(parser)
     args = parser.parse_args(sys.argv[2:])
-    if args.json is not None and not args.json.resolve().parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no directory {args.json.parent}; make it first")
+    check_output(args.json, "--json")
     start = time.time()
     # Before it, so that the commit is the one whose code runs.
     facts = environment(pick_device(getattr(args, "device", None) or "auto"), 1)
@@ -80,7 +80,7 @@ def main() -> int:
             "environment": facts,
             **result,
         }
-        args.json.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(document, indent=1, default=str) + "\n")
         print(f"wrote {args.json}")
     return 0
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.distributed.world import pick_device
-from gpt2.errors import ArgumentParser, UserError, run_cli
-from gpt2.figures import save_figure
+from gpt2.errors import ArgumentParser, UserError, run_cli, visible
+from gpt2.figures import check_picture, save_figure
 from gpt2.generation.generate import generate
 from gpt2.model.gpt import GPT, load_pretrained
 from gpt2.model.loss import IGNORE
@@ -69,6 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr is {args.lr}; it must be above 0")
+    check_picture(args.out, "--out")
     return args
 
 
@@ -351,7 +352,7 @@ def read_text(path: Path, characters: int | None) -> str:
 
 def shown(text: str) -> str:
     """A text as a cell of a Markdown table."""
-    return "`" + text.replace("\n", "↵").replace("|", "¦").replace("`", "'") + "`"
+    return "`" + visible(text.replace("\n", "↵").replace("|", "¦").replace("`", "'")) + "`"
 
 
 def main() -> int:

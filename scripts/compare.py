@@ -22,8 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from gpt2.errors import ArgumentParser, UserError, run_cli
-from gpt2.files import write_whole
+from gpt2.errors import ArgumentParser, UserError, run_cli, visible
+from gpt2.figures import check_picture, label, save_figure
+from gpt2.files import check_output, write_whole
 from gpt2.progress import duration
 from gpt2.report.compare import (
     LOWER_IS_BETTER,
@@ -62,8 +63,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.tokens is not None and (args.tokens < 1 or args.metric == "tok_s"):
         raise UserError(f"--tokens is {args.tokens}; it must be at least 1, and has no meaning for --metric tok_s")
+    if args.target is not None and not math.isfinite(args.target):
+        raise UserError(f"--target is {args.target}; it must be a finite number")
     if args.target is not None and args.metric == "tok_s":
         raise UserError("--target is not for --metric tok_s; compare groups, or use --metric val, bits or hellaswag")
+    if str(args.json) != "-":
+        check_output(args.json, "--json")
+    if args.picture is not None:
+        check_picture(args.picture, "--picture")
     return args
 
 
@@ -222,7 +229,6 @@ def draw(result: dict[str, Any], groups: Sequence[Group], names: Sequence[str], 
     """The groups' mean curves, and beside them every run's figure with its group's mean and 95 % interval."""
     from matplotlib.figure import Figure
 
-    from gpt2.figures import save_figure
     from gpt2.report.plots import draw_bands, group_style, short
 
     rows = [row for row in result["groups"] if row["estimate"] is not None]
@@ -243,7 +249,7 @@ def draw(result: dict[str, Any], groups: Sequence[Group], names: Sequence[str], 
     values = [x for row in rows for x in row["values"].values()]
     margin = 0.1 * (max(values) - min(values)) or 1.0
     figures.set_xlim(min(values) - margin, max(values) + margin)  # an interval of two runs may be wider than all else
-    figures.set_yticks(range(len(rows)), [f"{row['name']} ({len(row['values'])})" for row in rows], fontsize=9)
+    figures.set_yticks(range(len(rows)), [label(f"{row['name']} ({len(row['values'])})") for row in rows], fontsize=9)
     for place, tick in enumerate(figures.get_yticklabels()):
         tick.set_color(group_style(place)[0])
     figures.invert_yaxis()
@@ -272,11 +278,11 @@ def main() -> int:
         return 0
     at = "" if args.tokens is None else f" after {args.tokens:,} tokens"
     print(f"{TITLES[args.metric]}{at}; {'lower' if result['lower_is_better'] else 'higher'} is better\n")
-    print(table(result))
+    print(table(result) + "\n" * bool(result["baseline_settings"]))
     if result["baseline_settings"]:
-        print("\nbaseline: " + ", ".join(f"{name}={x}" for name, x in result["baseline_settings"].items()))
+        print(visible("baseline: " + ", ".join(f"{name}={x}" for name, x in result["baseline_settings"].items())))
     for note in result["notes"]:
-        print(f"note: {note}")
+        print(visible(f"note: {note}"))
     return 0
 
 

@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, run_cli
+from gpt2.files import check_output, write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = 9
@@ -102,6 +103,7 @@ def cases(scratch: Path, data: Path) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def make(out: Path) -> int:
     """Run every case and write the values."""
+    check_output(out, "FILE")
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "data"
@@ -109,7 +111,7 @@ def make(out: Path) -> int:
         for name, case in cases(Path(scratch), data).items():
             values[name] = case()
             print(f"{name}: last loss {values[name]['train'][-1][1]}", flush=True)
-    out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_whole(out, json.dumps(values, indent=1) + "\n")
     return 0
 
 

@@ -39,7 +39,7 @@ cat <<END
 Made in this folder:
   data/pydocs                tokenized text
   $run/checkpoints      the trained model; transformers opens each of them
-  $run/loss.png         the loss curve, and report.html with all the rest
+  $run/report-loss.png  the loss curve, and report.html with all the rest
 
 The same for GPT-2 124M on 8 GPUs and 10 billion tokens of FineWeb-Edu:
   python data/fineweb.py

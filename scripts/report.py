@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from gpt2.errors import ArgumentParser, UserError, run_cli
-from gpt2.files import write_whole
+from gpt2.errors import ArgumentParser, UserError, run_cli, visible
+from gpt2.files import check_output, read_plain, write_whole
 from gpt2.metrics.history import METRICS_FILE
 from gpt2.report.content import report
 from gpt2.report.runs import RecordedRun, open_run
@@ -33,8 +33,9 @@ def render(content: dict[str, Any], *, refresh: int | None = None) -> str:
         content: what `gpt2.report.content.report` returned.
         refresh: seconds after which a browser reads the file again; None: never.
     """
-    # "<" inside JSON could end the script element that holds it.
+    # "<" inside JSON could end the script element that holds it; half a character cannot be written.
     data = json.dumps(content, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    data = data.encode("utf-8", "replace").decode("utf-8")
     page = (PAGE / "page.html").read_text(encoding="utf-8")
     script = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in ("chart.js", "page.js"))
     if refresh is not None:
@@ -69,14 +70,13 @@ def write_report(
     """
     content = report(runs, price=price)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, render(content, refresh=refresh))
         written = [out]
         if png:
             from gpt2.report.plots import save_plots
 
             try:
-                written += save_plots(content, out.parent, log_tokens=log_tokens)
+                written += save_plots(content, out, log_tokens=log_tokens)
             except ImportError:
                 print("no pictures: matplotlib is not installed (pip install matplotlib, or --no-png)")
     except OSError as error:
@@ -113,8 +113,9 @@ def main() -> int:
     args = parser.parse_args()
     directories = list({path.resolve(): path for path in args.runs}.values())
     out: Path = args.out or directories[0] / "report.html"
-    if out.is_dir():
-        raise UserError(f"--out {out} is a directory; name a file, such as {out / 'report.html'}")
+    check_output(out, "--out")
+    if out.exists() and not read_plain(out)[:99].lower().startswith(b"<!doctype html"):
+        raise UserError(f"--out {out} is not a page and is left as it is; name another file, such as report.html")
     while True:
         runs = [open_run(path) for path in directories]
         going = args.watch is not None and any(run.status() == "running" for run in runs)
@@ -122,8 +123,9 @@ def main() -> int:
         written = write_report(runs, out, price=args.price, png=args.png, log_tokens=args.log_tokens, refresh=refresh)
         for run in runs:
             if run.history.torn:
-                print(f"{run.history.torn} unreadable lines of {run.directory / METRICS_FILE} are left out", flush=True)
-        print(f"wrote {', '.join(map(str, written))}", flush=True)
+                torn = f"{run.history.torn} unreadable lines of {run.directory / METRICS_FILE} are left out"
+                print(visible(torn), flush=True)
+        print(visible(f"wrote {', '.join(map(str, written))}"), flush=True)
         if not going:
             return 0
         time.sleep(args.watch)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from gpt2.errors import ArgumentParser, UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli, visible
 from gpt2.report.plots import short
 from gpt2.report.runs import RecordedRun, find_runs, open_run
 
@@ -56,14 +56,15 @@ def main() -> int:
     unreadable = []
     for path in find_runs(directory):
         try:
-            rows.append(row(open_run(path), "." if path == directory else str(path.relative_to(directory))))
+            name = "." if path == directory else visible(str(path.relative_to(directory)))
+            rows.append(tuple(visible(cell) for cell in row(open_run(path), name)))
         except UserError as error:
             unreadable.append(str(error))
     if len(rows) == 1 and not unreadable:
         raise UserError(f"no run below {directory}; train one with train_gpt2.py, or give another directory")
     print(table(rows))
     for message in unreadable:
-        print(f"left out: {message}")
+        print(visible(f"left out: {message}"))
     return 0
 
 

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.distributed.world import pick_device
-from gpt2.errors import ArgumentParser, UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli, visible
 from gpt2.generation.generate import stream
 from gpt2.generation.prompt import prompt_tokens
 from gpt2.generation.text_stream import TextStream
@@ -27,6 +27,9 @@ from gpt2.model.gpt import GPT, load_pretrained
 from gpt2.model.sampling import Sampling, seed_number
 from gpt2.precision import resolve_dtype, set_matmul_precision
 from gpt2.tokens.tokenizer import Tokenizer
+
+KEPT = "\n\t"
+"""Control characters that a text keeps on its way to the terminal."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -100,7 +103,7 @@ def write(
     def stop(row: int, token: int) -> bool:
         shown = texts[row].feed(token)
         if live and row == 0:
-            print(shown, end="", flush=True)
+            print(visible(shown, KEPT), end="", flush=True)
         return texts[row].stopped
 
     steps = stream(
@@ -117,7 +120,7 @@ def write(
     for text in texts:
         rest = text.finish()
         if live and text is texts[0]:
-            print(rest, flush=True)
+            print(visible(rest, KEPT), flush=True)
     return [text.text for text in texts]
 
 
@@ -136,10 +139,10 @@ def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling, args: argpars
         if not prompt:
             continue
         try:
-            print(prompt, end="", flush=True)
+            print(visible(prompt, KEPT), end="", flush=True)
             write(model, tokenizer, [prompt], sampling, args, live=True)
         except UserError as error:  # such as a character the model does not know: the next line may do better
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(f"\nerror: {visible(str(error))}", file=sys.stderr)
 
 
 def main() -> int:
@@ -159,7 +162,7 @@ def main() -> int:
         return 0
     wanted = [prompt for prompt in prompts for _ in range(args.num_samples)]
     if args.stream:
-        print(wanted[0], end="", flush=True)
+        print(visible(wanted[0], KEPT), end="", flush=True)
         write(model, tokenizer, wanted, sampling, args, live=True)
         return 0
     for number, (prompt, text) in enumerate(
@@ -168,7 +171,7 @@ def main() -> int:
         if len(wanted) > 1:
             width = math.ceil(math.log10(len(wanted) + 1))
             print(f"--- {number + 1:>{width}} of {len(wanted)} ---")
-        print(prompt + text)
+        print(visible(prompt + text, KEPT))
     return 0
 
 

@@ -25,7 +25,7 @@ from types import FrameType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.config import config_difference
-from gpt2.errors import ArgumentParser, UserError, run_cli
+from gpt2.errors import ArgumentParser, UserError, run_cli, visible
 from gpt2.files import make_directory
 from gpt2.metrics.history import METRICS_FILE
 from gpt2.presets import parse_args
@@ -179,7 +179,7 @@ class Sweep:
             losses = run.records("val")
             status = run.status() + (f", validation loss {losses[-1]['loss']:.4f}" if losses else "")
         took = duration(time.monotonic() - began)
-        print(f"{number}/{len(self.todo)} {point.name}: {status}, {took}", flush=True)
+        print(visible(f"{number}/{len(self.todo)} {point.name}: {status}, {took}"), flush=True)
 
 
 def visible_gpus(count: int) -> list[str]:

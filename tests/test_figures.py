@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.figures import save_figure
+from gpt2.figures import check_picture, label, save_figure
 
 Figure = pytest.importorskip("matplotlib.figure").Figure
 
@@ -18,6 +18,18 @@ def test_format_and_folder(tmp_path: Path, name: str, start: bytes) -> None:
     assert save_figure(Figure(figsize=(1, 1)), path) == path
     assert path.read_bytes().startswith(start)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_picture_is_refused_before_it_is_drawn(tmp_path: Path) -> None:
+    check_picture(tmp_path / "new" / "a.svg", "--out")
+    assert list((tmp_path / "new").iterdir()) == []
+    for name, message in (("a.txt", r"a\.txt is not a picture's name; end it in one of .*png"), ("", "is a directory")):
+        with pytest.raises(UserError, match=message):
+            check_picture(tmp_path / name, "--out")
+
+
+def test_labels() -> None:
+    assert [label(text) for text in ("a", "$x$", "_x", "\x1b")] == ["a", r"\$x\$", " _x", r"\x1b"]
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:

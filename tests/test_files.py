@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.files import cache_directory, create, lock, make_directory, sha256_file, whole_file, write_whole
+from gpt2.files import cache_directory, check_output, create, lock, make_directory, sha256_file, whole_file, write_whole
 
 
 def test_writing_leaves_the_old_file_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +34,24 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_is_tested_before_the_work(tmp_path: Path) -> None:
+    check_output(None, "--json")
+    check_output(tmp_path / "new" / "a.json", "--json")
+    assert list((tmp_path / "new").iterdir()) == []
+    kept = tmp_path / "kept"
+    kept.write_text("old")
+    check_output(kept, "--json")
+    assert kept.read_text() == "old"
+    for path, message in (
+        (tmp_path, r"--json .* is a directory"),
+        (Path("/dev/null"), r"--json /dev/null is a device or pipe"),
+        (kept / "a.json", r"cannot write --json .*kept/a\.json: .*; choose another file"),
+        (tmp_path / ("n" * 300), "cannot write --json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_output(path, "--json")
 
 
 def test_what_is_written_has_the_usual_permissions(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from gpt2.errors import visible
 from gpt2.progress import duration
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class LogLines:
 
     def say(self, text: str, *, strong: bool = False) -> None:
         """Write a line; a strong one stands out by an arrow."""
-        print(("=> " if strong else "") + text, file=self.stream, flush=True)
+        print(("=> " if strong else "") + visible(text, "\n\t"), file=self.stream, flush=True)
 
     def activity(self, phase: str | None) -> None:
         """Phases are not shown in a log: the step's line gives their shares."""
@@ -117,7 +118,7 @@ class LiveBar:
         from rich.text import Text
 
         # As a Text: a style given to print would colour the bar as well.
-        self.live.console.print(Text(text, style="bold green" if strong else ""))
+        self.live.console.print(Text(visible(text, "\n\t"), style="bold green" if strong else ""))
 
     def activity(self, phase: str | None) -> None:
         """Name what runs in place of training; None: training again."""

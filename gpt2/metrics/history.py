@@ -8,12 +8,13 @@ one history that led to the current weights, also after a return to an older che
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from gpt2.errors import UserError
 from gpt2.files import Count, check, parse_json, read_plain
@@ -24,8 +25,15 @@ MAX_BYTES = 1 << 31
 """Of a metrics file; a million steps take a quarter of it."""
 
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
-Real = Annotated[float, Field(strict=True), BeforeValidator(lambda v: float(v) if v in _NON_FINITE else v)]
-"""A number; `gpt2.metrics.jsonl` writes those that JSON lacks as strings."""
+Real = Annotated[
+    float,
+    Field(strict=True),
+    BeforeValidator(lambda v: float(v) if v in _NON_FINITE else v),
+    AfterValidator(lambda v: v if abs(v) < 1e30 else v * math.inf),
+]
+"""A number; `gpt2.metrics.jsonl` writes those that JSON lacks as strings. What reaches 1e30 counts as infinite."""
+Spent = Annotated[float, Field(strict=True, ge=0, le=1e12)]
+"""Seconds, also those since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +42,19 @@ class _Line:
 
     kind: str
     step: Count
-    time: Real
+    time: Spent
     tokens: Count = 0
-    seconds: dict[str, Real] = field(default_factory=dict)
+    seconds: dict[str, Spent] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _RunStart(_Line):
     resumes_at: Count = 0
-    world_size: Count = 1
+    world_size: Annotated[int, Field(strict=True, ge=1, le=1 << 31)] = 1
+    total_steps: Count | None = None
+    commit: str | None = None
+    versions: dict[str, Any] = field(default_factory=dict)
+    config_changed: dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]] = field(default_factory=dict)
     dataset: str = ""
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
 

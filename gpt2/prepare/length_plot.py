@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpt2.figures import save_figure
+from gpt2.figures import label, save_figure
 from gpt2.tokens.manifest import Manifest, merge_lengths, percentile
 
 
@@ -29,7 +29,7 @@ def plot_lengths(manifest: Manifest, path: Path) -> Path:
             axes.axvline(max(value, 1), color="black", linestyle=style, linewidth=1, label=f"p{percent}: {value:,}")
     axes.set_xlabel("tokens in a document")
     axes.set_ylabel("documents")
-    axes.set_title(f"{manifest.name}: {int(counts.sum()):,} documents")
+    axes.set_title(label(manifest.name) + f": {int(counts.sum()):,} documents")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return save_figure(figure, path)

@@ -52,12 +52,8 @@ def write_dataset(
         UserError: the directory holds another data set, or a split is empty.
     """
     directory = Path(directory)
-    make_directory(directory, "--out")
-    path = directory / MANIFEST_NAME
-    if not path.exists():
-        if any(p.suffix in (".npy", ".bin") for p in directory.iterdir()):
-            raise UserError(f"{directory} holds shards of another origin; choose an empty directory")
-    elif load_manifest(path).complete:
+    path = _open_directory(directory)
+    if path.exists() and load_manifest(path).complete:
         raise UserError(f"{directory} holds a finished data set; choose another directory or delete it")
     described, dtype = describe_tokenizer(tokenizer)
     manifest = Manifest(name, False, source or {}, described, dtype)
@@ -81,6 +77,15 @@ def write_dataset(
     return open_dataset(directory)
 
 
+def _open_directory(directory: Path) -> Path:
+    """Where the manifest of a directory, made where it is missing, is or will be."""
+    make_directory(directory, "--out")
+    path = directory / MANIFEST_NAME
+    if not path.exists() and any(p.suffix in (".npy", ".bin") for p in directory.iterdir()):
+        raise UserError(f"{directory} holds shards of another origin; choose an empty directory")
+    return path
+
+
 def _entry_in_memory(
     file: str, split: str, tokens: np.ndarray, start: int, stop: int, tokenizer: Tokenizer, sha256: str
 ) -> ShardEntry:
@@ -102,9 +107,9 @@ def reusable(directory: Path, source: dict[str, Any], tokenizer: str, suffix: st
     """The manifest of a small data set that an earlier run of the same script finished; None where there is none.
 
     Raises:
-        UserError: the directory holds another data set, or a damaged one.
+        UserError: the directory holds another data set, or a damaged one, or cannot be written to.
     """
-    path = directory / MANIFEST_NAME
+    path = _open_directory(directory)
     if not path.exists():
         return None
     manifest = load_manifest(path)

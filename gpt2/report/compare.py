@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from gpt2.config import Config
-from gpt2.errors import UserError
+from gpt2.errors import UserError, visible
 from gpt2.report.runs import RecordedRun, bits_per_byte
 
 Metric = Literal["val", "bits", "hellaswag", "tok_s"]
@@ -107,7 +107,7 @@ def differing(a: Group, b: Group) -> dict[str, Any]:
 def names_of(groups: Sequence[Group], baseline: Group) -> list[str]:
     """Each group by the settings in which it differs from the baseline."""
     return [
-        ", ".join(f"{name}={value}" for name, value in differing(group, baseline).items()) or "baseline"
+        visible(", ".join(f"{name}={value}" for name, value in differing(group, baseline).items())) or "baseline"
         for group in groups
     ]
 

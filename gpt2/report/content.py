@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from gpt2.errors import visible
 from gpt2.metrics import reference
 from gpt2.report.compare import bands, central, group_runs, names_of
 from gpt2.report.runs import Record, RecordedRun, bits_per_byte, distinct_names
@@ -40,7 +41,7 @@ def report(runs: Sequence[RecordedRun], *, price: float | None = None, now: floa
         price: what one device costs per hour, in any currency; None: no cost is shown.
         now: Unix seconds; None: the clock.
     """
-    names = distinct_names([run.directory for run in runs])
+    names = [visible(name) for name in distinct_names([run.directory for run in runs])]
     corpora = {run.start.get("dataset", "") for run in runs}
     return {
         "title": names[0] if len(names) == 1 else f"{len(names)} runs",

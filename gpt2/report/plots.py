@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.figures import save_figure
+from gpt2.errors import UserError
+from gpt2.figures import label, save_figure
+from gpt2.files import read_plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,21 +17,24 @@ if TYPE_CHECKING:
 COLORS = ("#1f6feb", "#d1433f", "#1d8a4f", "#8250df", "#b26a00", "#0d7d8c")
 MUTED = "#5d6675"
 DPI = 110
+SIGNATURE = b"gpt2 report"
+"""In the pictures' metadata: a file without it is not overwritten."""
 
 
-def save_plots(report: Mapping[str, Any], directory: Path, *, log_tokens: bool = False) -> list[Path]:
-    """Draw loss.png, hellaswag.png where it was evaluated, seeds.png where runs differ in nothing else, training.png.
+def save_plots(report: Mapping[str, Any], page: Path, *, log_tokens: bool = False) -> list[Path]:
+    """Draw a page's pictures beside it: of report.html, report-loss.png, report-training.png, and report-hellaswag.png
+    where it was evaluated, report-seeds.png where runs differ in nothing else.
 
     Returns their paths.
 
     Args:
         report: what `gpt2.report.content.report` returned.
-        directory: that the files go to.
+        page: whose pictures they are; another page's have other names.
         log_tokens: draw tokens on a logarithmic axis.
 
     Raises:
         ImportError: matplotlib is not installed.
-        UserError: they cannot be written there.
+        UserError: they cannot be written there, or a picture of that name is not of a report.
     """
     from matplotlib.figure import Figure
 
@@ -46,7 +51,10 @@ def save_plots(report: Mapping[str, Any], directory: Path, *, log_tokens: bool =
             axes[-1].set_xscale("log")
         else:
             axes[-1].xaxis.set_major_formatter(lambda value, _: short(value))
-        return save_figure(figure, directory / name)
+        path = page.with_name(f"{page.stem}-{name}")
+        if path.exists() and SIGNATURE not in read_plain(path)[:4096]:
+            raise UserError(f"{path} is not a report's picture and is left as it is; choose another --out, or --no-png")
+        return save_figure(figure, path, SIGNATURE.decode())
 
     paths = [save("loss.png", 1, lambda axes: _loss(axes[0], report))]
     if any(run["hellaswag"]["step"] for run in report["runs"]):
@@ -71,7 +79,7 @@ def _numbers(values: list[float | None]) -> list[float]:
 
 
 def _prefix(report: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    return "" if len(report["runs"]) == 1 else f"{run['name']}: "
+    return "" if len(report["runs"]) == 1 else label(f"{run['name']}: ")
 
 
 def _tint(report: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
@@ -151,8 +159,8 @@ def draw_bands(ax: Axes, groups: Sequence[Mapping[str, Any]]) -> None:
     for index, group in enumerate(groups):
         first = int(len(group["tokens"]) > 1 and group["tokens"][0] == 0)
         losses, errors = _numbers(group["loss"])[first:], group["stderr"][first:]
-        (color, dashes), label = group_style(index), f"{group['name']} ({group['n']})"
-        ax.plot(group["tokens"][first:], losses, dashes, marker=".", color=color, linewidth=1.8, label=label)
+        (color, dashes), name = group_style(index), label(f"{group['name']} ({group['n']})")
+        ax.plot(group["tokens"][first:], losses, dashes, marker=".", color=color, linewidth=1.8, label=name)
         low, high = ([x + sign * e for x, e in zip(losses, errors, strict=True)] for sign in (-1, 1))
         ax.fill_between(group["tokens"][first:], low, high, color=color, alpha=0.2, linewidth=0)
     ax.set_ylabel("validation loss, nats per token")
@@ -166,8 +174,8 @@ def _hellaswag(ax: Axes, report: Mapping[str, Any]) -> None:
             continue
         color = COLORS[index % len(COLORS)]
         middle, error = _numbers(scores["acc_norm"]), _numbers(scores["stderr"])
-        label = f"{_prefix(report, run)}acc_norm ± 2 standard errors"
-        ax.plot(scores["tokens"], middle, color=color, linewidth=2, marker="o", ms=3.5, label=label)
+        name = f"{_prefix(report, run)}acc_norm ± 2 standard errors"
+        ax.plot(scores["tokens"], middle, color=color, linewidth=2, marker="o", ms=3.5, label=name)
         low, high = ([m + side * e for m, e in zip(middle, error, strict=True)] for side in (-2, 2))
         ax.fill_between(scores["tokens"], low, high, color=color, alpha=0.15, linewidth=0)
     for entry in report["hellaswag_lines"]:
@@ -183,8 +191,8 @@ def _training(axes: list[Axes], report: Mapping[str, Any]) -> None:
         for index, run in enumerate(report["runs"]):
             train = run["train"]
             if train["tokens"]:
-                values = _numbers(train[name])
-                ax.plot(train["tokens"], values, color=COLORS[index % len(COLORS)], linewidth=1.3, label=run["name"])
+                values, whose = _numbers(train[name]), label(run["name"])
+                ax.plot(train["tokens"], values, color=COLORS[index % len(COLORS)], linewidth=1.3, label=whose)
         ax.set_ylabel(title)
         ax.set_ylim(bottom=0)
     axes[0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

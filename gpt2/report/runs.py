@@ -217,13 +217,16 @@ def open_run(directory: Path) -> RecordedRun:
 
 def find_runs(directory: Path) -> Iterator[Path]:
     """Directories of runs at or below `directory`, in order of name; does not look inside a run."""
-    if (directory / METRICS_FILE).is_file():
-        yield directory
-        return
     try:
-        below = sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
-    except OSError:
-        return
+        below = []
+        if not (directory / METRICS_FILE).is_file():
+            below = sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
+            if not below:
+                return
+    except OSError:  # not ours to read: `open_run` says so
+        below = []
+    if not below:
+        yield directory
     for path in below:
         yield from find_runs(path)
 

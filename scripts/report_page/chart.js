@@ -35,7 +35,7 @@ function linearTicks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= raw * 0.999);
   const ticks = [];
-  for (let index = Math.ceil(low / step - 1e-9); index * step <= high + (high - low) * 1e-3; index++) ticks.push(index * step);
+  for (let index = Math.ceil(low / step - 1e-9); index * step <= high + (high - low) * 1e-3 && ticks.length < 99; index++) ticks.push(index * step);
   return ticks;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import sys
 import threading
@@ -171,9 +172,44 @@ def test_bad_places_and_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         run_script(monkeypatch, run, "--out", tmp_path)
     with pytest.raises(UserError, match="cannot write"):
         run_script(monkeypatch, run, "--out", run / "metrics.jsonl" / "page.html")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not a page and is left as it is"):
+        run_script(monkeypatch, run, "--out", run / "metrics.jsonl")
+    assert (run / "metrics.jsonl").read_bytes() == before
     for price in ("0", "-1", "nan", "inf", "much"):
         with pytest.raises(UserError, match=r"argument --price: .*; .* --help lists the options"):
             run_script(monkeypatch, run, "--price", price)
+
+
+ODD = (math.nan, math.inf, -math.inf, 10**400, 1e308, -1e308, 1e29, -1, 0, True, 2**62)
+ODD += ("high", "NaN", "-Infinity", None, [], {}, {"a": [1]}, "\ud800", "\x1b[2J", "$x_{$")  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_odd_values_leave_a_whole_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    rng = random.Random(seed)
+
+    def spoiled(value: Any, depth: int = 0) -> Any:
+        if not isinstance(value, dict) or not value or depth == 3 or rng.random() < 0.1:
+            return rng.choice(ODD)
+        key = rng.choice(list(value))
+        return {**value, key: spoiled(value[key], depth + 1)}
+
+    first, *others = lines(**tiny())
+    written = [first, *(spoiled(line) if rng.random() < 0.5 else line for line in [*others, first])]
+    run = tmp_path / rng.choice(("run", "$a$", "a_{b$", "_x", "\x1b[31mred"))
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, written)))
+    png = ["--no-png"] if seed % 5 else []
+    assert run_script(monkeypatch, run, write_run(tmp_path / "other", **tiny()), "--price", "2", *png) == 0
+    page = (run / "report.html").read_text("utf-8")
+    data = page.split('<script id="data" type="application/json">')[1].split("</script>")[0]
+    json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert "\x1b" not in page
+    # A run that goes on from this file reads the same lines.
+    file = MetricsFile(run / "metrics.jsonl", lambda text: None)
+    file.resume(30, None)
+    file.close()
 
 
 def test_a_model_of_no_known_size_has_no_baseline(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from repository import ROOT, load_script
 from gpt2.errors import UserError
 from gpt2.metrics.jsonl import MetricsFile
 from gpt2.presets import presets
+from gpt2.report import runs as runs_module
 from gpt2.report.content import report
 from gpt2.report.runs import SILENCE_SECONDS, bits_per_byte, distinct_names, find_runs, open_run
 
@@ -153,6 +154,35 @@ def test_the_commands_end_with_one_line_on_bad_input(tmp_path: Path) -> None:
         assert result.stdout == ""
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_the_list_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "a\x1b[31m", **tiny())
+    (tmp_path / "b").mkdir()
+    write_run(tmp_path / "c", **tiny())
+    own_iterdir, own_open = Path.iterdir, runs_module.read_metrics
+
+    def iterdir(path: Path) -> Any:
+        if path.name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return own_iterdir(path)
+
+    def read(path: Path) -> Any:
+        if path.parent.name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return own_open(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(runs_module, "read_metrics", read)
+    monkeypatch.setattr(sys, "argv", ["runs.py", str(tmp_path)])
+    assert load_script("scripts/runs.py").main() == 0
+    _, first, second, left_out = capsys.readouterr().out.splitlines()
+    assert first.startswith(r"a\x1b[31m ")
+    assert second.startswith("c ")
+    assert left_out.startswith("left out: cannot read ")
+    assert str(tmp_path / "b") in left_out
 
 
 def test_a_line_with_a_field_of_the_wrong_kind_is_passed_over(tmp_path: Path) -> None:
