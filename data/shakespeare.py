@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli
+from gpt2.files import read_plain
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -65,7 +66,7 @@ def read_text(path: Path | None) -> str:
         data, origin = download(URL), URL
     else:
         try:
-            data, origin = path.read_bytes(), str(path)
+            data, origin = read_plain(path), str(path)
         except OSError as error:
             raise UserError(f"cannot read --source {path}: {error.strerror}") from error
     found = hashlib.sha256(data).hexdigest()

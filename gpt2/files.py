@@ -185,19 +185,20 @@ def read_plain(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     return content
 
 
-def parse_json(content: bytes | str, where: str) -> Any:
+def parse_json(content: bytes | str, where: str, nan: float | None = math.nan) -> Any:
     """JSON whose size, depth and numbers are bounded; lone surrogates are read as they are.
 
     Args:
         content: one JSON value.
         where: what errors call it.
+        nan: what the words NaN and Infinity, which JSON lacks, are read as.
 
     Raises:
         UserError: it is not JSON, holds a number that is not finite, or brackets in brackets too deep.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8", "surrogatepass")
-        value = json.loads(text, parse_int=_parse_int)
+        value = json.loads(text, parse_int=_parse_int, parse_constant=lambda _: nan)
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
     except ValueError as error:

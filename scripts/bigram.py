@@ -14,6 +14,7 @@ its lowest validation loss, and where it then became worse, overfitting is named
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import math
 import sys
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from gpt2.distributed.world import pick_device
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
 from gpt2.figures import check_picture, save_figure
+from gpt2.files import open_plain
 from gpt2.generation.generate import generate
 from gpt2.model.gpt import GPT, load_pretrained
 from gpt2.model.loss import IGNORE
@@ -339,7 +341,7 @@ def plot(rows: Sequence[Baseline], trainings: dict[str, Training], floors: dict[
 def read_text(path: Path, characters: int | None) -> str:
     """The text to study; UserError where it cannot be read or is too short."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = io.TextIOWrapper(open_plain(path), "utf-8").read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if characters is not None and not 100 <= characters <= len(text):

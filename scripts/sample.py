@@ -8,6 +8,7 @@ python scripts/sample.py -m runs/shakespeare-char
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from gpt2.distributed.world import pick_device
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
+from gpt2.files import open_plain
 from gpt2.generation.generate import stream
 from gpt2.generation.prompt import prompt_tokens
 from gpt2.generation.text_stream import TextStream
@@ -78,7 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def read_prompt(path: Path) -> str:
     """A file's text, without the newline editors put at its end."""
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(path) == "-" else io.TextIOWrapper(open_plain(path), "utf-8").read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompt from {path}: {error}") from None
     return text.removesuffix("\n")

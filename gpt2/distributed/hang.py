@@ -13,12 +13,13 @@ import contextlib
 import faulthandler
 import os
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
 
 from gpt2.distributed import world as distributed
+from gpt2.files import create
 
 RECORDED_COLLECTIVES = 2000
 _TIMED_OUT = ("timed out", "timeout")  # gloo says the one or the other, by which of its threads noticed
@@ -58,10 +59,10 @@ class HangWatch:
     def __init__(self, directory: Path, rank: int):
         self.directory, self.rank = directory, rank
         self.path = directory / f"stack_rank{rank}.txt"
-        self._file: IO[str] | None = None
+        self._file: BinaryIO | None = None
         with contextlib.suppress(OSError):  # a machine that lacks the directory does without
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w")
+            self._file = create(self.path)
             faulthandler.enable(self._file)  # for nccl's watchdog, too, which ends the process by a signal
 
     def arm(self, starting: bool = False) -> None:

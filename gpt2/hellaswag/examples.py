@@ -10,12 +10,20 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from gpt2.errors import UserError
+from gpt2.files import check, parse_json, read_plain
 
 ENDINGS = 4
 """Endings an example offers; one is right."""
+
+
+def _label(value: Any) -> Any:
+    """GitHub's files have integers, the Hub's strings, pandas' floats; the test split "", and other copies of it -1."""
+    return None if value in ("", -1, "-1") else repr(value) if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,8 @@ class Example:
     ctx_a: str
     ctx_b: str
     ctx: str
-    endings: tuple[str, ...]
-    label: int | None
+    endings: Annotated[tuple[str, ...], Field(min_length=ENDINGS, max_length=ENDINGS)]
+    label: Annotated[Annotated[int, Field(ge=0, lt=ENDINGS)] | None, BeforeValidator(_label)]
 
 
 def parse_jsonl(path: Path) -> tuple[Example, ...]:
@@ -47,22 +55,15 @@ def parse_jsonl(path: Path) -> tuple[Example, ...]:
     Raises:
         UserError: the file cannot be read, is empty, or a line is malformed.
     """
-    examples = []
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    raw = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where}: not JSON ({error}); each line must be one HellaSwag example") from None
-                examples.append(parse_example(raw, where))
+        content = read_plain(path).removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; give a HellaSwag .jsonl file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    examples = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            examples.append(parse_example(parse_json(line, where, nan=None), where))
     if not examples:
         raise UserError(f"{path} holds no HellaSwag example; each line must be one, as JSON")
     return tuple(examples)
@@ -72,45 +73,13 @@ def parse_example(raw: Any, where: str) -> Example:
     """Check one decoded line and bring it into form.
 
     Args:
-        raw: an object with ind, activity_label, ctx_a, ctx_b, ctx, endings and, as an integer, a string, "" or
-            not at all, label.
+        raw: an object with the fields of `Example`; some copies leave ind and label out.
         where: what errors call it.
 
     Raises:
         UserError: a field is missing or of the wrong kind.
     """
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(raw).__name__}")
-    for name in ("activity_label", "ctx_a", "ctx_b", "ctx"):
-        if not isinstance(raw.get(name), str):
-            raise UserError(f"{where}: field {name!r} is {raw.get(name)!r}; it must be a string")
-    endings = raw.get("endings")
-    if not isinstance(endings, (list, tuple)) or not all(isinstance(ending, str) for ending in endings):
-        raise UserError(f"{where}: field 'endings' must be a list of strings")
-    if len(endings) != ENDINGS:
-        raise UserError(f"{where}: {len(endings)} endings; an example has {ENDINGS}")
-    ind = raw.get("ind", -1)  # some copies leave the number out, or write it as a string
-    if isinstance(ind, str) and ind.isascii() and ind.isdecimal():
-        ind = int(ind)
-    if not isinstance(ind, int):
-        raise UserError(f"{where}: field 'ind' is {ind!r}; it must be an integer")
-    return Example(
-        ind, raw["activity_label"], raw["ctx_a"], raw["ctx_b"], raw["ctx"], tuple(endings), _label(raw, where)
-    )
-
-
-def _label(raw: dict[str, Any], where: str) -> int | None:
-    """0 to 3, or None where there is none: GitHub's files have integers, the Hub's strings, "" in the test split."""
-    label = raw.get("label")
-    if label in (None, "", -1, "-1") or label != label:  # NaN, which pandas writes for a label that is not there
-        return None
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)  # and so it writes the others of that column
-    if isinstance(label, str) and label.isascii() and label.isdecimal():
-        label = int(label)
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < ENDINGS:
-        raise UserError(f"{where}: field 'label' is {raw['label']!r}; it must be 0 to {ENDINGS - 1}, or empty")
-    return label
+    return check({"ind": -1, "label": None, **raw} if isinstance(raw, dict) else raw, Example, where)
 
 
 def content_lines(examples: Iterable[Example]) -> Iterable[bytes]:

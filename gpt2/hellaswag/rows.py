@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from gpt2.files import cache_directory, write_whole
+from gpt2.files import cache_directory, read_plain, write_whole
 from gpt2.hellaswag.examples import ENDINGS, Example, content_lines
 from gpt2.tokens.tokenizer import GPT2Tokenizer
 
@@ -56,13 +56,15 @@ class Tokenized:
 def tokenize(examples: tuple[Example, ...], tokenizer: GPT2Tokenizer, convention: Convention) -> Tokenized:
     """Token ids of all examples, from the user's cache where they were tokenized before."""
     # The number is this code's version: raise it when render or tokenize change what they make.
-    digest = hashlib.sha256(f"1 {tokenizer.name} {tokenizer.n_vocab} {convention}\n".encode())
+    digest = hashlib.sha256(f"2 {tokenizer.name} {tokenizer.n_vocab} {convention}\n".encode())
     for line in content_lines(examples):
         digest.update(line)
     path = cache_directory() / "hellaswag_tokens" / f"{digest.hexdigest()}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return Tokenized(file["tokens"], file["counts"], file["characters"])
+        with np.load(io.BytesIO(read_plain(path)), allow_pickle=False) as file:
+            kept = Tokenized(file["tokens"], file["counts"], file["characters"])
+            if file["seal"].tobytes() == _seal(digest.digest(), kept):
+                return kept
     except Exception:  # none there, or damaged in one of zipfile's and numpy's many ways
         pass
     parts: list[list[int]] = []
@@ -79,11 +81,20 @@ def tokenize(examples: tuple[Example, ...], tokenizer: GPT2Tokenizer, convention
         np.array(characters, np.int32).reshape(-1, ENDINGS),
     )
     buffer = io.BytesIO()
-    np.savez(buffer, tokens=tokenized.tokens, counts=tokenized.counts, characters=tokenized.characters)
+    seal = np.frombuffer(_seal(digest.digest(), tokenized), np.uint8)
+    np.savez(buffer, tokens=tokenized.tokens, counts=tokenized.counts, characters=tokenized.characters, seal=seal)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a second the next time
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, buffer.getvalue())
     return tokenized
+
+
+def _seal(key: bytes, tokenized: Tokenized) -> bytes:
+    """A hash of what a file of the cache holds, and of what it is for."""
+    digest = hashlib.sha256(key)
+    for array in (tokenized.tokens, tokenized.counts, tokenized.characters):
+        digest.update(f"{array.dtype.str} {array.shape}\n".encode() + array.tobytes())
+    return digest.digest()
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class TokenStream:
         if handle is None:
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            handle = os.open(self.paths[shard], os.O_RDONLY)
+            handle = os.open(self.paths[shard], os.O_RDONLY | os.O_NONBLOCK)
         self._files[shard] = handle
         return handle
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpt2.errors import UserError
-from gpt2.files import write_whole
+from gpt2.files import read_plain, write_whole
 from gpt2.tokens.fast_bpe import HARD_CASES, FastEncoder, replace_surrogates
 
 _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -258,7 +258,7 @@ def _vocabulary_file(name: str) -> bytes:
         candidates.append(Path(package.origin).parent / "data" / name)
     for path in candidates:
         with contextlib.suppress(OSError):
-            data = path.read_bytes()
+            data = read_plain(path)
             if hashlib.sha256(data).hexdigest() == _SHA256[name]:
                 return data
     return _download(name, cached)

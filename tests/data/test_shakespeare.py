@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
+import os
 import threading
 
 import pytest
@@ -85,6 +86,8 @@ def test_wrong_source_and_directory(tmp_path, small):
         small.main(["--source", str(tmp_path / "wrong.txt"), "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="cannot read --source"):
         small.main(["--source", str(tmp_path / "nowhere.txt"), "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="it is not a plain file"):
+        small.main(["--source", os.devnull, "--out", str(tmp_path / "out")])
     command = ["--source", str(tmp_path / "input.txt"), "--out", str(tmp_path / "out")]
     assert small.main([*command, "--tokenizer", "char", "--format", "bin"]) == 0
     assert open_dataset(tmp_path / "out").train.paths[0].suffix == ".bin"

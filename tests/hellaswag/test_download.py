@@ -40,7 +40,7 @@ def test_files_without_examples(tmp_path: Path) -> None:
         load_examples(path)
     with pytest.raises(UserError, match="No such file"):
         load_examples(tmp_path / "absent")
-    with pytest.raises(UserError, match="directory"):
+    with pytest.raises(UserError, match="it is not a plain file"):
         load_examples(tmp_path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,26 @@ def test_labels_in_every_spelling(label: Any, expected: int | None) -> None:
 
 @pytest.mark.parametrize("label", [4, -2, "4", "x", "-2", 1.5, True, [1]])
 def test_wrong_labels(label: Any) -> None:
-    with pytest.raises(UserError, match="here: field 'label' is"):
+    with pytest.raises(UserError, match=r"here: label(\..*)? is"):
         parse_example({**RAW, "label": label}, "here")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 3: not JSON"),
-        ("[1]", "line 3: expected a JSON object, got list"),
-        (json.dumps({**RAW, "endings": ["a", "b", "c"]}), "line 3: 3 endings; an example has 4"),
-        (json.dumps({**RAW, "endings": "abcd"}), "line 3: field 'endings' must be a list of strings"),
-        (json.dumps({**RAW, "endings": ["a", "b", "c", 4]}), "line 3: field 'endings' must be a list of strings"),
-        (json.dumps({**RAW, "ctx": None}), "line 3: field 'ctx' is None; it must be a string"),
-        (json.dumps({**RAW, "ind": "x"}), "line 3: field 'ind' is 'x'"),
+        ("{", "line 3 is not JSON (Expecting"),
+        ("[1]", "line 3: it is [1]; it must be"),
+        (
+            json.dumps({**RAW, "endings": ["a", "b", "c"]}),
+            "line 3: endings is ['a', 'b', 'c']; tuple should have at",
+        ),
+        (json.dumps({**RAW, "endings": "abcd"}), "line 3: endings is 'abcd'; it must be a valid tuple"),
+        (json.dumps({**RAW, "endings": ["a", "b", "c", 4]}), "line 3: endings.3 is 4; it must be a valid string"),
+        (json.dumps({**RAW, "ctx": None}), "line 3: ctx is None; it must be a valid string"),
+        (json.dumps({**RAW, "ind": "x"}), "line 3: ind is 'x'; it must be a valid integer"),
+        (json.dumps({name: RAW[name] for name in RAW if name != "ctx_a"}), "line 3: ctx_a is missing"),
+        (json.dumps({**RAW, "ind": 0.5}), "line 3: ind is 0.5; it must be a valid integer"),
+        ("[" * 5000, "line 3 is not JSON of ours: it nests brackets too deep"),
     ],
 )
 def test_malformed_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -59,6 +66,14 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str, message: str) -> N
         parse_jsonl(path)
     assert f"{path}, {message}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    for path in (tmp_path / "fifo.jsonl", tmp_path, Path("/dev/zero")):
+        with pytest.raises(UserError, match=rf"^cannot read {path}: .*; give a HellaSwag \.jsonl file$"):
+            parse_jsonl(path)
 
 
 def test_the_hash_is_of_content_not_of_spelling(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,8 +102,30 @@ def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.Monkey
     assert other.tokens.tolist() != first.tokens.tolist()
     assert tokenize(examples, gpt2_tokenizer(), "completion").tokens.tolist() != first.tokens.tolist()
 
-    file.write_bytes(file.read_bytes()[:100])  # damaged: made again
-    np.testing.assert_array_equal(tokenize(examples, gpt2_tokenizer(), "harness").tokens, first.tokens)
+    kept = file.read_bytes()
+
+    def rewrite(content: bytes) -> Callable[[], None]:
+        return lambda: file.write_bytes(content) and None
+
+    def alter() -> None:
+        arrays = dict(np.load(file))
+        arrays["tokens"][3] += 1
+        np.savez(file, **arrays)
+
+    def plant_fifo() -> None:
+        file.unlink()
+        os.mkfifo(file)
+
+    others = [path.read_bytes() for path in file.parent.iterdir() if path != file]
+    for spoil in (
+        rewrite(kept[:100]),
+        rewrite(others[0]),  # another file's content, which is whole
+        alter,
+        *([plant_fifo] if hasattr(os, "mkfifo") else []),
+    ):
+        spoil()
+        np.testing.assert_array_equal(tokenize(examples, gpt2_tokenizer(), "harness").tokens, first.tokens)
+        assert file.read_bytes() == kept  # made again
 
 
 def test_tokens_need_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

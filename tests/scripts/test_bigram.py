@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -163,6 +164,7 @@ def test_the_command_line(
     (tmp_path / "other.txt").write_text(TEXT.upper())
     for words, message in (
         ([str(tmp_path / "nowhere.txt")], "cannot read"),
+        ([os.devnull], "it is not a plain file"),
         ([str(tmp_path / "other.txt"), "--model", str(tmp_path / "model")], "not trained on the characters"),
         ([str(tmp_path / "text.txt"), "--steps", "0"], "--steps is 0"),
         ([str(tmp_path / "text.txt"), "--lr", "-1"], "--lr is -1"),

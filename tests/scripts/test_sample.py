@@ -105,6 +105,7 @@ def test_stop_text(model_dir: Path, sample: Callable[..., str]) -> None:
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--prompt", "a", "--file", "b"], "not both"),
         (["--file", "nowhere.txt"], "cannot read the prompt"),
+        (["--file", os.devnull], "it is not a plain file"),
         (["--prompt", "a", "--stop", ""], "--stop is empty"),
         (["--prompt", "a" * 17], "a prompt has 17 tokens, the model's context 16"),
         (["--prompt", "a", "-m", "./nowhere"], "no model at ./nowhere"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,14 @@ def test_damaged_cached_file_is_neither_used_nor_deleted(cache, monkeypatch):
     with pytest.raises(UserError):
         module._vocabulary_file("vocab.bpe")
     assert damaged.read_bytes() == b"not GPT-2's"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_what_somebody_left_in_a_shared_cache_is_never_waited_for(cache):
+    os.mkfifo(cache / cache_name("vocab.bpe"))
+    (cache / cache_name("encoder.json")).symlink_to("/dev/zero")
+    for name in ("vocab.bpe", "encoder.json"):
+        assert hashlib.sha256(module._vocabulary_file(name)).hexdigest() == module._SHA256[name]
 
 
 def test_offline_without_files_says_what_to_install(cache, monkeypatch):
