@@ -6,8 +6,9 @@
     python train_gpt2.py gpt2-xl --plan --on 8xH100 --price 2.5    # what it takes: memory, hours, money
 
 `--help` lists the presets and settings. The run's directory receives its configuration, metrics, samples and
-checkpoints; the same command resumes a run that was stopped. Exit codes: 0 finished, or stopped by a signal and ready
-to resume; 2 something for you to fix; 3 a loss or gradient that is not finite, or five skipped updates in a row.
+checkpoints; the same command resumes a run that was stopped. Exit codes: 0 finished, or stopped by SIGTERM, SIGUSR1 or
+SIGHUP and ready to resume; 130 stopped by Ctrl-C and ready to resume; 2 something for you to fix; 3 a loss or gradient
+that is not finite, or five skipped updates in a row.
 
 Read on from here: `train_step` is one update of the weights, `train` is the loop around it, `main` is how it starts.
 Then gpt2/model/gpt.py is the network, gpt2/tokens/loader.py says which tokens a step sees, and gpt2/train/ has a file
@@ -17,7 +18,7 @@ for each thing a run does: setup.py opens it, divergence.py judges a step, savin
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -57,7 +58,7 @@ def train_step(
     dtype: str,
     tokens_per_step: int,
     grad_clip: float,
-    flags: Flags,
+    flags: Callable[[], Flags],
 ) -> PendingNumbers:
     """Update the weights once, by the gradient of the mean loss over the step's tokens in all processes.
 
@@ -70,7 +71,7 @@ def train_step(
         dtype: precision of matrix products.
         tokens_per_step: over all processes and micro-batches.
         grad_clip: largest global gradient norm; 0: any.
-        flags: what this process wants all of them to know.
+        flags: what this process wants all of them to know, once its micro-batches are done.
     """
     # Forward and backward, one micro-batch at a time; gradients add up in each parameter's .grad.
     own_loss = torch.zeros((), device=world.device)
@@ -82,7 +83,7 @@ def train_step(
         own_loss += loss.detach()
 
     # The loss over all processes, and in the same message whether one of them must stop, save, or has no data.
-    shared = share_numbers(own_loss, flags, world)
+    shared = share_numbers(own_loss, flags(), world)
 
     # Clip the gradient to a global norm.
     parameters = list(model.parameters())
@@ -107,10 +108,14 @@ def train(run: Run, signals: StopSignals) -> EndReason:
         every = settings.eval_every
         return every > 0 and (run.step % every == 0 or run.step == settings.max_steps)
 
+    def must_stop() -> bool:
+        run.stopping = run.stopping or world.any(signals.received is not None)
+        return run.stopping
+
     def evaluate() -> None:
         with run.metrics.phase("eval"):
-            run.val_loss = run.evaluator.evaluate(run.step, run.metrics)
-            run.stopping |= world.any(signals.received is not None)
+            run.val_loss = run.evaluator.evaluate(run.step, run.metrics, must_stop)
+            must_stop()  # while it drew samples
 
     if evaluation_is_due() and run.val_loss is None:  # before the first step, or where a stop did not wait for it
         evaluate()
@@ -143,7 +148,7 @@ def train(run: Run, signals: StopSignals) -> EndReason:
                 dtype=run.dtype,
                 tokens_per_step=config.data.total_batch_tokens,
                 grad_clip=config.optim.grad_clip,
-                flags=Flags(signals.received is not None, minutes_are_up(run), loader.failure is not None),
+                flags=lambda: Flags(signals.received is not None, minutes_are_up(run), loader.failure is not None),
             )
             run.advance()
 

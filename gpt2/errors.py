@@ -108,8 +108,9 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and exit with its code.
 
     A `UserError` becomes one line on stderr and exit code 2, from one process only of those torchrun started on a
-    machine. Ctrl-C exits with 130, a closed pipe (`... | head`) silently with 141. Characters that the terminal's
-    encoding lacks are printed as "?". So does what the system says of a file: it is not there, or the disk is full.
+    machine; so does what the system says of a file: it is not there, or the disk is full. Ctrl-C ends the process by
+    SIGINT, which a shell calls 130 and which stops a script, too; a closed pipe (`... | head`) exits silently with 141.
+    Characters that the terminal's encoding lacks are printed as "?".
 
     Args:
         main: returns the exit code; None counts as 0.
@@ -126,7 +127,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             print(f"error: {visible(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        code = 130
+        sys.excepthook = lambda *_: None  # Python itself ends by the signal then, once it has tidied up
+        raise
     except BrokenPipeError:
         # Python would complain again while closing stdout; give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

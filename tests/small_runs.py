@@ -133,16 +133,18 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 
 def environment() -> dict[str, str]:
     """Of a process a test starts: torchrun's own variables do not reach it, this project's modules do."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH", "RANK", "WORLD", "LOCAL", "MASTER"))}
+    own = ("TORCHELASTIC", "TORCH_FR", "TORCH_NCCL", "RANK", "WORLD", "LOCAL", "MASTER")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return {**kept, "PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def command(script: Path, words: list[str], processes: int = 0, torchrun: tuple[str, ...] = ()) -> list[str]:
-    """The words that start a script, under torchrun where it is to have processes."""
+    """The words that start a script, under torchrun where it is to have processes; alone if that is told no other."""
     if not processes:
         return [sys.executable, str(script), *words]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    alone = () if any(word.startswith("--rdzv") for word in torchrun) else ("--standalone",)
+    launcher = [sys.executable, "-m", "torch.distributed.run", *alone, f"--nproc_per_node={processes}"]
     return [*launcher, *torchrun, str(script), *words]
 
 

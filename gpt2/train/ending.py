@@ -35,6 +35,7 @@ def run_to_its_end(train: Callable[[Run, StopSignals], EndReason], config: Confi
 
     Raises:
         UserError: the run cannot start, or ran out of memory or data.
+        KeyboardInterrupt: Ctrl-C stopped it; everything is saved and closed. Not below torchrun, which would restart it.
     """
     # Signals are heeded from here on: a process that waits for others to join could not heed them.
     # And nobody has to be there to read what is printed.
@@ -48,7 +49,8 @@ def run_to_its_end(train: Callable[[Run, StopSignals], EndReason], config: Confi
                 alone=True,
             ) from None
         try:
-            return finish(run, train(run, signals), signals)
+            reason = train(run, signals)
+            code = finish(run, reason, signals)
         except Diverged as failure:
             return _diverged(run, failure)
         except KeyboardInterrupt:  # the second one: at once
@@ -63,6 +65,9 @@ def run_to_its_end(train: Callable[[Run, StopSignals], EndReason], config: Confi
             if is_out_of_memory(error):
                 raise explain(error, run.config, run.plan, world) from None
             raise
+    if reason == "stopped" and code == 0 and signals.interrupted and world.memory is None:
+        raise KeyboardInterrupt
+    return code
 
 
 def finish(run: Run, reason: EndReason, signals: StopSignals) -> int:

@@ -25,6 +25,10 @@ from gpt2.tokens.tokenizer import Tokenizer
 from gpt2.train.validation import count_val_blocks, count_val_bytes, validation_loss
 
 
+class _Stopped(Exception):  # noqa: N818 -- no error: an evaluation ends early
+    pass
+
+
 class Evaluator:
     """Evaluates the model a run trains; every process has one.
 
@@ -75,20 +79,34 @@ class Evaluator:
             say(f"HellaSwag is left out: {error}")
             return ()
 
-    def evaluate(self, step: int, metrics: Metrics | NoMetrics) -> float:
+    def evaluate(
+        self, step: int, metrics: Metrics | NoMetrics, must_stop: Callable[[], bool] = lambda: False
+    ) -> float | None:
         """Evaluate the model as it is now; all processes together.
 
         Args:
             step: steps finished.
             metrics: records what came out.
+            must_stop: whether any process was told to stop; asked after each batch, by all of them together.
 
         Returns:
-            Validation loss in nats per token, the same in every process.
+            Validation loss in nats per token, the same in every process; None if the evaluation was stopped.
         """
-        with torch.no_grad(), giving_back_memory(on=self.world.device.type == "cpu"):
-            return self._evaluate(step, metrics)
 
-    def _evaluate(self, step: int, metrics: Metrics | NoMetrics) -> float:
+        def proceed() -> None:
+            if must_stop():
+                raise _Stopped
+
+        with torch.no_grad(), giving_back_memory(on=self.world.device.type == "cpu"):
+            try:
+                return self._evaluate(step, metrics, proceed)
+            except _Stopped:
+                return None
+            finally:
+                if isinstance(self.model, FSDPModule):
+                    self.model.reshard()  # evaluation gathered weights that the next update makes stale
+
+    def _evaluate(self, step: int, metrics: Metrics | NoMetrics, proceed: Callable[[], None]) -> float:
         data = self.config.data
         loss = validation_loss(
             self.model,
@@ -97,22 +115,28 @@ class Evaluator:
             data.micro_batch_size,
             self.world,
             partial(autocast, self.world.device, self.dtype),
+            proceed,
         )
         metrics.val(step, loss, self.val_tokens, self.val_bytes)
         if self.examples:
-            self._score_hellaswag(step, metrics)
+            self._score_hellaswag(step, metrics, proceed)
         sharded = isinstance(self.model, FSDPModule)
         if self.config.run.num_samples and (self.world.is_main or sharded):
             self._draw_samples(step, metrics)
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # evaluation gathered weights that the next update makes stale
         return loss
 
-    def _score_hellaswag(self, step: int, metrics: Metrics | NoMetrics) -> None:
+    def _score_hellaswag(self, step: int, metrics: Metrics | NoMetrics, proceed: Callable[[], None]) -> None:
         """Score HellaSwag's examples; a model without finite scores is only told."""
         dtype = torch.bfloat16 if self.dtype == "bf16" else torch.float32
         try:
-            result = evaluate_hellaswag(self.model, self.examples, self.tokenizer, world=self.world, dtype=dtype)
+            result = evaluate_hellaswag(
+                self.model,
+                self.examples,
+                self.tokenizer,
+                world=self.world,
+                dtype=dtype,
+                progress=lambda done, total: proceed(),
+            )
         except UserError as error:  # the same in every process
             metrics.message(f"HellaSwag is left out at step {step}: {error}")
             return

@@ -53,6 +53,7 @@ def validation_loss(
     micro_batch_size: int,
     world: World,
     autocast: Callable[[], AbstractContextManager[None]],
+    progress: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean negative log-likelihood per token, in nats, over the first `val_tokens` tokens of the validation split.
 
@@ -66,6 +67,7 @@ def validation_loss(
         micro_batch_size: sequences a forward pass.
         world: the processes that share the work.
         autocast: makes the precision context the run trains under.
+        progress: called after each micro-batch, by all processes; may raise to stop.
 
     Raises:
         UserError: the tokens cannot be read, in every process.
@@ -79,12 +81,15 @@ def validation_loss(
     read = world.agree(lambda: blocks.read(np.minimum(mine.reshape(-1), count - 1)))
     was_training = model.training
     model.eval()
-    for numbers, ids in zip(mine, read.reshape(*mine.shape, -1), strict=True):
-        tokens = to_device(on_host(ids, world.device), world.device)
-        padding = torch.from_numpy(numbers >= count).to(world.device)  # (B,)
-        targets = tokens[:, 1:].masked_fill(padding[:, None], IGNORE)
-        with autocast(), training_backends(world.device):
-            loss: Tensor = model(tokens[:, :-1], targets)
-        total += loss
-    model.train(was_training)
+    try:
+        for numbers, ids in zip(mine, read.reshape(*mine.shape, -1), strict=True):
+            tokens = to_device(on_host(ids, world.device), world.device)
+            padding = torch.from_numpy(numbers >= count).to(world.device)  # (B,)
+            targets = tokens[:, 1:].masked_fill(padding[:, None], IGNORE)
+            with autocast(), training_backends(world.device):
+                loss: Tensor = model(tokens[:, :-1], targets)
+            total += loss
+            progress()
+    finally:
+        model.train(was_training)
     return world.sum_(total).item() / (count * blocks.block_size)

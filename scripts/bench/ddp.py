@@ -142,7 +142,7 @@ class Side:
             dtype=self.dtype,
             tokens_per_step=self.config.data.total_batch_tokens * self.grad_accum_steps * world.size,
             grad_clip=self.config.optim.grad_clip,
-            flags=Flags(),
+            flags=Flags,
         ).read()
 
     def turn(self, side: str, steps: int) -> float:

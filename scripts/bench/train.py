@@ -359,7 +359,7 @@ class Side:
                 dtype=self.dtype,
                 tokens_per_step=config.data.total_batch_tokens,
                 grad_clip=config.optim.grad_clip,
-                flags=Flags(),
+                flags=Flags,
             )
             return lambda: numbers.read().loss
 
