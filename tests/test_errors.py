@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,9 @@ def run(body: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment() | variables, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("body", "code"), [("return None", 0), ("return 3", 3), ("raise KeyboardInterrupt", 130)])
+@pytest.mark.parametrize(
+    ("body", "code"), [("return None", 0), ("return 3", 3), ("raise KeyboardInterrupt", -signal.SIGINT)]
+)
 def test_exit_codes(body: str, code: int) -> None:
     done = run(body)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gpt2.checkpoint.directory import (
     write_checkpoint,
 )
 from gpt2.config import GPTConfig
+from gpt2.distributed.signals import seconds_to_stop
 from gpt2.errors import UserError
 from gpt2.tokens.tokenizer import Tokenizer
 
@@ -60,9 +62,9 @@ class CheckpointWriter:
         keep: newest checkpoints that stay.
         keep_every: checkpoints at multiples of this many steps stay, too; 0: none.
         saved: called with the step and path of each complete checkpoint.
-        failed: called with a line about each that could not be written; training continues.
+        warn: called with a line about each that could not be written, or takes too long; training continues.
 
-    `saved` and `failed` are called by whoever calls `busy` or `wait` next, not by the thread.
+    `saved` and `warn` are called by whoever calls `busy` or `wait` next, not by the thread.
     """
 
     def __init__(
@@ -73,14 +75,16 @@ class CheckpointWriter:
         keep: int,
         keep_every: int,
         saved: Callable[[int, Path], None],
-        failed: Callable[[str], None],
+        warn: Callable[[str], None],
     ):
         self.directory, self.config, self.tokenizer = directory, config, tokenizer
         self.keep, self.keep_every = keep, keep_every
-        self.saved, self.failed = saved, failed
+        self.saved, self.warn = saved, warn
         self.failed_step: int | None = None
         """Step of the last checkpoint, if that could not be written."""
         self._step = -1
+        self._began = self._took = 0.0
+        self._warned = False
         self._thread: threading.Thread | None = None
         self._outcome: Path | OSError | None = None
         for leftover in directory.glob(f"{TEMPORARY}*"):  # of a process that was killed while it wrote
@@ -101,7 +105,7 @@ class CheckpointWriter:
     def save(self, checkpoint: Checkpoint) -> None:
         """Begin to write a checkpoint, whose tensors must not change any more; waits for the one before it."""
         self.wait()
-        self._step = checkpoint.training["step"]
+        self._step, self._began = checkpoint.training["step"], time.monotonic()
         self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -127,6 +131,7 @@ class CheckpointWriter:
         except OSError as error:  # reported in the main thread
             self._outcome = error
             return
+        self._took = time.monotonic() - self._began
         with contextlib.suppress(UserError):
             prune_checkpoints(self.directory, self.keep, self.keep_every)
 
@@ -135,11 +140,18 @@ class CheckpointWriter:
         if isinstance(outcome, Path):
             self.failed_step = None
             self.saved(self._step, outcome)
+            limit = seconds_to_stop()
+            if limit is not None and self._took > limit and not self._warned:
+                self._warned = True
+                self.warn(
+                    f"warning: writing a checkpoint took {self._took:.0f} s, but torchrun kills its processes "
+                    f"{limit:.0f} s after a signal, saved or not; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to more seconds"
+                )
             return
         self.failed_step = self._step
         last = self._last()
         kept = f"the last good one is {last}" if last else "there is no earlier one"
-        self.failed(f"warning: the checkpoint of step {self._step} could not be written ({outcome}); {kept}")
+        self.warn(f"warning: the checkpoint of step {self._step} could not be written ({outcome}); {kept}")
 
 
 class NoWriter:

@@ -35,7 +35,7 @@ def run_to_its_end(train: Callable[[Run, StopSignals], EndReason], config: Confi
 
     Raises:
         UserError: the run cannot start, or ran out of memory or data.
-        KeyboardInterrupt: Ctrl-C stopped it; everything is saved and closed. Not below torchrun, which would restart it.
+        KeyboardInterrupt: Ctrl-C stopped it, and it is saved; not below torchrun, which would start it again.
     """
     # Signals are heeded from here on: a process that waits for others to join could not heed them.
     # And nobody has to be there to read what is printed.

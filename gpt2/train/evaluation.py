@@ -25,7 +25,7 @@ from gpt2.tokens.tokenizer import Tokenizer
 from gpt2.train.validation import count_val_blocks, count_val_bytes, validation_loss
 
 
-class _Stopped(Exception):  # noqa: N818 -- no error: an evaluation ends early
+class _Stopped(Exception):
     pass
 
 

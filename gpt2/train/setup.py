@@ -334,7 +334,7 @@ def open_outputs(
         run.keep,
         run.keep_every,
         saved=metrics.checkpoint,
-        failed=metrics.message,
+        warn=metrics.message,
     )
     return metrics, writer
 

@@ -25,7 +25,7 @@ def writer(directory: Path, said: list[object], keep: int = 3, keep_every: int =
         keep,
         keep_every,
         saved=lambda step, path: said.append((step, path.name, threading.current_thread().name)),
-        failed=said.append,
+        warn=said.append,
     )
 
 
@@ -104,3 +104,21 @@ def test_nothing_goes_while_the_newest_is_not_sound(tmp_path: Path) -> None:
     damage(tmp_path / "step_00000002", "no JSON")
     prune_checkpoints(tmp_path, keep=1, keep_every=0)
     assert steps(tmp_path) == [4]
+
+
+def test_a_save_that_takes_longer_than_torchrun_waits_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[object] = []
+    w = writer(tmp_path, said)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    w.save(make(1))
+    w.wait()
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
+    for step in (2, 3):
+        w.save(make(step))
+        w.wait()
+    assert [line[0] for line in said if isinstance(line, tuple)] == [1, 2, 3]
+    (line,) = [line for line in said if isinstance(line, str)]
+    assert "but torchrun kills its processes 0 s after a signal" in line

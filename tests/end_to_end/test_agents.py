@@ -1,4 +1,4 @@
-"""Two machines: two of torchrun's agents on loopback, which meet by c10d rendezvous, and lose workers on either side."""
+"""Two machines: two agents of torchrun on loopback, which meet by c10d rendezvous and lose workers on either side."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def steps_since(run: Path, start: int) -> int:
 
 
 @pytest.mark.parametrize("hits", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_and_stalls_on_either_side_change_nothing(char_data: Path, tmp_path: Path, stall: Path, hits: int) -> None:
+def test_kills_and_stalls_on_either_side_change_nothing(
+    char_data: Path, tmp_path: Path, stall: Path, hits: int
+) -> None:
     dice = random.Random(hits)
     settings = {"max_steps": 25 * hits, "dropout": 0.1, "micro_batch_size": 4, "eval_every": 20}
     run = tmp_path / "hit"

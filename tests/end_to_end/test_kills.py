@@ -129,7 +129,8 @@ def test_a_signal_stops_in_order_wherever_it_hits(
     for number in range(times):
         run_dir = tmp_path / str(number)
         config = small(char_data, run_dir, **settings)
-        kind = dice.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+        kind = dice.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would stay ignored
         capsys.readouterr()
         with StopSignals() as signals, raise_at(owner, name, dice.randint(1, most), kind):
             run = set_up(config, ALONE)
@@ -144,14 +145,27 @@ def test_a_signal_stops_in_order_wherever_it_hits(
         assert losses(run_dir, "val") == losses(tmp_path / "whole", "val")
 
 
-def test_the_second_interrupt_stops_at_once(char_data: Path, tmp_path: Path) -> None:
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.received == "SIGTERM"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", -signal.SIGINT), ("SIGHUP", 0)])
+def test_the_exit_code_tells_who_was_interrupted_from_who_finished(
+    char_data: Path, tmp_path: Path, name: str, code: int
+) -> None:
+    config = small(char_data, tmp_path, max_steps=100_000, warmup_steps=5)
+    reset = f"import signal, runpy; signal.signal(signal.{name}, signal.SIG_DFL); "  # whatever started the tests
+    if name == "SIGINT":
+        reset = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script = tmp_path.parent / f"{tmp_path.name}_start.py"
+    script.write_text(f"{reset}runpy.run_path({str(ROOT / 'train_gpt2.py')!r}, run_name='__main__')")
+    with Started(script, flags(config)) as started:
+        assert started.until(lambda: len(records(tmp_path)) > 3)
+        started.process.send_signal(signal.Signals[name])
+        found, output = started.finish(60)
+    assert found == code, output
+    assert "stopping after this step" in output
+    assert f"stopped by {name} after step" in output
+    assert "Traceback" not in output
+    (last,) = list_checkpoints(tmp_path / "checkpoints")
+    assert int(last.name[5:]) == max(losses(tmp_path))
+    assert records(tmp_path, "run_end")[-1]["reason"] == "stopped"
 
 
 def test_sigterm_to_one_of_torchruns_workers(char_data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -54,3 +55,39 @@ def test_a_hellaswag_file_that_was_asked_for_must_be_there(char_data: Path, tmp_
     missing = tmp_path / "missing.jsonl"
     with pytest.raises(UserError, match=r"missing\.jsonl"):
         make(char_data, tmp_path, [], gpt2_tokenizer(), hellaswag_limit=5, hellaswag_data=missing)
+
+
+def test_an_evaluation_stops_at_its_next_batch(char_data: Path, tmp_path: Path) -> None:
+    evaluator, metrics = (
+        make(char_data, tmp_path, [], micro_batch_size=4, num_samples=1, sample_prompt="Ab"),
+        MagicMock(),
+    )
+    evaluator.model.train()
+    asked: list[bool] = []
+
+    def must_stop() -> bool:
+        asked.append(len(asked) == 2)
+        return asked[-1]
+
+    assert evaluator.evaluate(4, metrics, must_stop) is None
+    assert asked == [False, False, True]  # of 6 micro-batches
+    assert evaluator.model.training
+    metrics.val.assert_not_called()
+    metrics.sample.assert_not_called()
+
+
+def test_hellaswag_stops_at_its_next_batch(char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator, metrics = make(char_data, tmp_path, []), MagicMock()
+    evaluator.examples = (MagicMock(),)
+    seen: list[int] = []
+
+    def score(*args: object, progress: Callable[[int, int], None], **kwargs: object) -> None:
+        for done in range(10):
+            seen.append(done)
+            progress(done, 10)
+
+    monkeypatch.setattr("gpt2.train.evaluation.evaluate_hellaswag", score)
+    assert evaluator.evaluate(4, metrics, lambda: bool(seen)) is None
+    assert seen == [0]
+    metrics.val.assert_called_once()
+    metrics.hellaswag.assert_not_called()

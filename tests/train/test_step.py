@@ -36,7 +36,7 @@ def take_step(model: GPT, micro: int, grad_clip: float = 1.0, flags: Flags = Fla
         dtype="fp32",
         tokens_per_step=64,
         grad_clip=grad_clip,
-        flags=flags,
+        flags=lambda: flags,
     )
     assert all(p.grad is None for p in model.parameters())
     return numbers.read()
@@ -81,7 +81,7 @@ def _sgd_step(model: GPT, rows: torch.Tensor, micro: int, clip: float) -> StepNu
         dtype="fp32",
         tokens_per_step=64,
         grad_clip=clip,
-        flags=Flags(),
+        flags=Flags,
     ).read()
 
 
