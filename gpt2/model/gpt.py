@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2.config import GPTConfig
-from gpt2.errors import UserError
+from gpt2.errors import UserError, first_line
 from gpt2.model.attention import CausalSelfAttention, KVCache, rotary_tables
 from gpt2.model.attention_kernels import attention_mask, varying_backends
 from gpt2.model.hf_format import state_dict_from_hf
@@ -133,9 +133,18 @@ class GPT(nn.Module):
         Raises:
             UserError: no such model, or one this class cannot compute.
         """
-        config, tensors = read_model(resolve_model(spec))
+        directory = resolve_model(spec)
+        config, tensors = read_model(directory)
+        try:  # before a model is made, which may be larger than the machine
+            state = state_dict_from_hf(tensors, config, cls.state_shapes(config))
+        except UserError as error:
+            raise UserError(f"{directory}: {error}") from None
+        except RuntimeError as error:
+            raise UserError(
+                f"{directory}/config.json asks for tensors that no machine holds ({first_line(error)})"
+            ) from None
         model = cls(config)
-        model.load_state_dict(state_dict_from_hf(tensors, config, cls.state_shapes(config)))
+        model.load_state_dict(state)
         return model.to(device).eval()
 
     def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:

@@ -12,15 +12,17 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from gpt2.config import GPTConfig
 from gpt2.errors import UserError
+from gpt2.files import Count, Number, check
 from gpt2.tokens.tokenizer import Tokenizer, tokenizer_to_dict
 
 OUR_KEY = "repro_gpt2"
@@ -60,7 +62,24 @@ _FIXED_IN_OURS = {
 }
 _TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 _BUFFERS = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$")  # causal masks that old files carry
-_HF_DEFAULTS = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What is read of `transformers`' config.json, with its defaults."""
+
+    n_layer: Count = 12
+    n_head: Count = 12
+    n_embd: Count = 768
+    n_positions: Count = 1024
+    vocab_size: Count = 50257
+    n_inner: Count | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: Number = 0.1
+    embd_pdrop: Number = 0.1
+    attn_pdrop: Number = 0.1
+    layer_norm_epsilon: Number = 1e-5
+    tie_word_embeddings: Annotated[bool, Field(strict=True)] = True
 
 
 def _defaults(config: GPTConfig) -> dict[str, Any]:
@@ -147,33 +166,36 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPTConfig:
             f"config.json sets {', '.join(unknown)}, unknown to this version; update this project to open it"
         )
     values: dict[str, Any] = {name: ours[name] for name in own_names & ours.keys()}
+    read = check(dict(raw), _Fields, "config.json")
     if "activation" not in ours:
-        activation = raw.get("activation_function", "gelu_new")
-        if not isinstance(activation, str) or activation not in _ACTIVATION_FROM_HF:
+        if read.activation_function not in _ACTIVATION_FROM_HF:
             raise UserError(
-                f"config.json sets activation_function to {activation!r}; known are {', '.join(_ACTIVATION_FROM_HF)}"
+                f"config.json sets activation_function to {read.activation_function!r}; known are "
+                f"{', '.join(_ACTIVATION_FROM_HF)}"
             )
-        values["activation"] = _ACTIVATION_FROM_HF[activation]
-    sizes = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
-    for name, hf_name in {**sizes, "block_size": "n_positions", "vocab_size": "vocab_size"}.items():
-        value = raw.get(hf_name, _HF_DEFAULTS[hf_name])
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"config.json sets {hf_name} to {value!r}; it must be a whole number")
-        values[name] = value
-    rates = [raw.get(f"{place}_pdrop", 0.1) for place in ("resid", "embd", "attn")]
-    if len(set(map(repr, rates))) > 1:
+        values["activation"] = _ACTIVATION_FROM_HF[read.activation_function]
+    rates = [read.resid_pdrop, read.embd_pdrop, read.attn_pdrop]
+    if len(set(rates)) > 1:
         warnings.warn(
             f"dropout is {rates} in residual, embedding, attention; training on would use the first", stacklevel=2
         )
-    values["dropout"] = rates[0]
-    values.setdefault("norm_eps", raw.get("layer_norm_epsilon", 1e-5))
-    values["tie_embeddings"] = raw.get("tie_word_embeddings", True)
+    values = {
+        "norm_eps": read.layer_norm_epsilon,
+        **values,
+        "n_layer": read.n_layer,
+        "n_head": read.n_head,
+        "n_embd": read.n_embd,
+        "block_size": read.n_positions,
+        "vocab_size": read.vocab_size,
+        "dropout": read.resid_pdrop,
+        "tie_embeddings": read.tie_word_embeddings,
+    }
     try:
         config = GPTConfig(**values)
     except TypeError as error:
         raise UserError(f"config.json holds a value of the wrong type: {error}") from None
-    if raw.get("n_inner") not in (None, config.mlp_hidden):
-        raise UserError(f"config.json sets n_inner to {raw['n_inner']}; this model's MLP is {config.mlp_hidden} wide")
+    if read.n_inner not in (None, config.mlp_hidden):
+        raise UserError(f"config.json sets n_inner to {read.n_inner}; this model's MLP is {config.mlp_hidden} wide")
     return config
 
 

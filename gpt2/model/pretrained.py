@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from gpt2.config import GPTConfig
 from gpt2.errors import UserError, first_line
-from gpt2.files import check, open_plain, read_json, read_plain
+from gpt2.files import Number, check, open_plain, read_json, read_plain
 from gpt2.model.hf_format import OUR_KEY, config_from_hf, config_to_hf, state_dict_to_hf
 from gpt2.tokens.tokenizer import (
     CharTokenizer,
@@ -135,10 +136,18 @@ def resolve_model(spec: str | Path) -> Path:
     return _download(str(spec))
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What is read of a checkpoint's training.json."""
+
+    val_loss: Number | None = None
+
+
 def _best_checkpoint(run: Path) -> Path:
     """The complete checkpoint of a run whose validation loss is lowest, of equal ones the newest."""
     found = sorted((run / "checkpoints").glob("step_*/training.json"), reverse=True)
-    losses = {path.parent: loss for path in found if (loss := _read_json(path).get("val_loss")) is not None}
+    read = {path.parent: check(_read_json(path), _Saved, str(path)).val_loss for path in found}
+    losses = {path: loss for path, loss in read.items() if loss is not None}
     if not losses:
         raise UserError(f"{run}@best: {run} is not a run that holds a checkpoint with a validation loss")
     return min(losses, key=lambda path: losses[path])
@@ -179,14 +188,17 @@ def read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         config = config_from_hf(_read_json(path))
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    return config, _read_tensors(directory)
+    tensors = _read_tensors(directory)
+    if config.n_layer > len(tensors):  # or as many blocks would be made before their shapes are compared
+        raise UserError(f"{path}: n_layer is {config.n_layer}; the weights beside it are {len(tensors)} tensors")
+    return config, tensors
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of the model in a directory: the one config.json names, else GPT-2's if the files are its."""
     ours = _read_json(directory / "config.json").get(OUR_KEY, {})
-    if isinstance(ours, dict) and isinstance(ours.get("tokenizer"), dict):
-        return tokenizer_from_dict(ours["tokenizer"])
+    if isinstance(ours, dict) and "tokenizer" in ours:
+        return tokenizer_from_dict(ours["tokenizer"], f"{directory / 'config.json'}: tokenizer")
     encoder = json.loads(gpt2_vocab_files()[0])
     for name in ("vocab.json", "tokenizer.json"):
         if (directory / name).is_file():

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from gpt2.errors import LaterVersion, UserError
 from gpt2.files import FORBID, MAX_JSON_BYTES, Count, Number, Sha256, check, parse_json, read_plain, write_whole
-from gpt2.tokens.tokenizer import Tokenizer, tokenizer_to_dict
+from gpt2.tokens.tokenizer import Tokenizer, check_tokenizer, tokenizer_to_dict
 
 MANIFEST_NAME = "manifest.json"
 _VERSION = 1
@@ -33,17 +33,6 @@ class SourcePosition(NamedTuple):
     file: Count = 0
     unit: Count = 0
     skip: Count = 0
-
-
-@dataclass(frozen=True)
-class _Tokenizer:
-    """What `tokenizer` of a manifest holds; see `tokenizer_to_dict`."""
-
-    name: str
-    n_vocab: Annotated[int, Field(strict=True, ge=1, le=2**32)]
-    eot_token: Count | None
-    sha256: Sha256 | None = None
-    chars: Any = None
 
 
 @dataclass(frozen=True)
@@ -155,15 +144,10 @@ class Manifest:
             if not holds:
                 raise UserError(f"{where}: {problem}")
 
-        tokenizer = check(self.tokenizer, _Tokenizer, f"{where}: tokenizer")
+        ids = check_tokenizer(self.tokenizer, f"{where}: tokenizer").n_vocab
         source = check(self.source, _Source, f"{where}: source")
         check(self.options, _Options, f"{where}: options")
-        ids, eot = tokenizer.n_vocab, tokenizer.eot_token
-        require(eot is None or eot < ids, f"tokenizer.eot_token is {eot}; tokenizer.n_vocab is {ids}")
         require(ids <= 2**16 or self.dtype == "uint32", f"dtype is {self.dtype}; {ids} ids need uint32")
-        if tokenizer.name == "char":
-            found = len(tokenizer.chars) if isinstance(tokenizer.chars, str) else 0
-            require(found == ids, f"tokenizer.chars has {found} characters; tokenizer.n_vocab is {ids}")
         part, of = self.part or (1, 1)
         require(1 <= part <= of <= MAX_PARTS, f"part is [{part}, {of}]; it must be [i, n], 1 ≤ i ≤ n ≤ {MAX_PARTS}")
         names: set[str] = set()

@@ -14,13 +14,15 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from pydantic import Field
 
 from gpt2.errors import UserError
-from gpt2.files import read_plain, write_whole
+from gpt2.files import Count, Sha256, check, read_plain, write_whole
 from gpt2.tokens.fast_bpe import HARD_CASES, FastEncoder, replace_surrogates
 
 _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -212,16 +214,50 @@ def tokenizer_to_dict(tokenizer: Tokenizer) -> dict[str, Any]:
     return entry
 
 
-def tokenizer_from_dict(entry: dict[str, Any]) -> GPT2Tokenizer | CharTokenizer:
-    """The tokenizer that `tokenizer_to_dict` described. UserError for one that does not exist here."""
-    name, sha256 = entry.get("name"), entry.get("sha256")
-    if name == "char" and isinstance(entry.get("chars"), str) and entry["chars"]:
-        if sha256 not in (None, _chars_sha256(entry["chars"])):
-            raise UserError(f"character vocabulary does not match its hash {sha256}; it was altered")
-        return CharTokenizer(entry["chars"])
-    if name == "gpt2" and sha256 in (None, _SHA256["vocab.bpe"]):
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """What `tokenizer_to_dict` returns."""
+
+    name: str
+    n_vocab: Annotated[int, Field(strict=True, ge=1, le=2**32)]
+    eot_token: Count | None = None
+    sha256: Sha256 | None = None
+    chars: Any = None  # a str, in which pydantic would not have half characters
+
+
+def check_tokenizer(entry: Any, where: str) -> TokenizerEntry:
+    """The entry as an object. UserError where it is none, or its fields contradict each other."""
+    read = check(entry, TokenizerEntry, where)
+    if read.eot_token is not None and read.eot_token >= read.n_vocab:
+        raise UserError(f"{where}: eot_token is {read.eot_token}; n_vocab is {read.n_vocab}")
+    if read.name == "char":
+        found = len(set(read.chars)) if isinstance(read.chars, str) else 0
+        if found != read.n_vocab:
+            raise UserError(f"{where}: chars has {found} distinct characters; n_vocab is {read.n_vocab}")
+    return read
+
+
+def tokenizer_from_dict(entry: Any, where: str = "tokenizer") -> GPT2Tokenizer | CharTokenizer:
+    """The tokenizer that `tokenizer_to_dict` described.
+
+    Args:
+        entry: as it was read.
+        where: what errors call it.
+
+    Raises:
+        UserError: it does not exist here, or was altered.
+    """
+    read = check_tokenizer(entry, where)
+    if read.name == "char":
+        if read.sha256 not in (None, _chars_sha256(read.chars)):
+            raise UserError(f"{where}: character vocabulary does not match its hash {read.sha256}; it was altered")
+        return CharTokenizer(read.chars)
+    if read.name == "gpt2" and read.sha256 in (None, _SHA256["vocab.bpe"]) and read.n_vocab == GPT2Tokenizer.n_vocab:
         return gpt2_tokenizer()
-    raise UserError(f"unknown tokenizer {name!r} (SHA-256 {sha256}); known are 'gpt2' and 'char'")
+    raise UserError(
+        f"{where}: unknown tokenizer {read.name!r} of {read.n_vocab} tokens (SHA-256 {read.sha256}); known are 'gpt2' "
+        "and 'char'"
+    )
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:

@@ -366,7 +366,18 @@ def test_a_model_on_the_hub_opens_by_name(tmp_path: Path, monkeypatch: pytest.Mo
         ({"activation_function": "silu"}, "activation_function to 'silu'"),
         ({"n_inner": 100}, "n_inner"),
         ({"n_head": 5}, "n_embd 32 is not divisible by n_head 5"),
-        ({"n_layer": "two"}, "n_layer to 'two'"),
+        ({"n_layer": "two"}, r"config\.json: n_layer is 'two'; it must be a valid integer"),
+        ({"n_layer": 10**9}, r"config\.json: n_layer is 1000000000; the weights beside it are \d+ tensors"),
+        ({"n_embd": 2 * 10**6}, r"has shape .*; config\.json asks for"),
+        ({"n_embd": 2**62}, r"/config\.json asks for tensors that no machine holds \(.*overflow"),
+        ({"vocab_size": 10**10}, r"wte\.weight has shape .*; config\.json asks for"),
+        ({"n_positions": -1}, r"config\.json: n_positions is -1"),
+        ({"embd_pdrop": "0"}, r"config\.json: embd_pdrop is '0'; it must be a valid number"),
+        ({"resid_pdrop": 2, "embd_pdrop": 2, "attn_pdrop": 2}, "dropout is 2"),
+        ({"layer_norm_epsilon": None}, r"config\.json: layer_norm_epsilon is None"),
+        ({"tie_word_embeddings": "yes"}, r"config\.json: tie_word_embeddings is 'yes'"),
+        ({"repro_gpt2": []}, r"config\.json"),
+        ({"repro_gpt2": {"window": "all"}}, "window is 'all'"),
         ({"n_layer": 3}, "missing: h.2.attn.c_attn.bias"),
         ({"n_layer": 1}, "not part of this model: h.1.attn.c_attn.bias"),
         ({"vocab_size": 71}, re.escape("wte.weight has shape (70, 32); config.json asks for (71, 32)")),
@@ -380,7 +391,7 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], words: st
     theirs(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}.*{words}"):
         GPT.from_pretrained(tmp_path)
 
 

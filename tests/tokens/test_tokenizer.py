@@ -181,9 +181,33 @@ def test_altered_description_is_refused():
     with pytest.raises(UserError, match="altered"):
         tokenizer_from_dict({**tokenizer_to_dict(CharTokenizer("abc")), "chars": "abd"})
     with pytest.raises(UserError, match="unknown tokenizer 'llama3'"):
-        tokenizer_from_dict({"name": "llama3"})
+        tokenizer_from_dict({"name": "llama3", "n_vocab": 128_256})
     with pytest.raises(UserError, match="unknown tokenizer 'gpt2'"):
-        tokenizer_from_dict({"name": "gpt2", "sha256": "0" * 64})
+        tokenizer_from_dict({"name": "gpt2", "n_vocab": 50257, "sha256": "0" * 64})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_vocab": 4}, "chars has 3 distinct characters; n_vocab is 4"),
+        ({"n_vocab": 10**400}, "n_vocab is 1"),
+        ({"n_vocab": "3"}, "n_vocab is '3'"),
+        ({"eot_token": 3}, "eot_token is 3; n_vocab is 3"),
+        ({"chars": None}, "chars has 0 distinct characters"),
+        ({"chars": [1, 2, 3]}, "chars has 0 distinct characters"),
+        ({"chars": "aab", "sha256": None}, "chars has 2 distinct characters; n_vocab is 3"),
+        ({"sha256": "abc"}, "sha256 is 'abc'"),
+        ({"name": ["char"]}, r"name is \['char'\]"),
+        ({"name": "gpt2", "sha256": None}, "unknown tokenizer 'gpt2' of 3 tokens"),
+    ],
+)
+def test_a_description_that_contradicts_itself_is_refused(changes, words):
+    entry = {**tokenizer_to_dict(CharTokenizer("abc")), **changes}
+    with pytest.raises(UserError, match=f"^here: .*{words}"):
+        tokenizer_from_dict(entry, "here")
+    for other in (None, [], "gpt2", {}):
+        with pytest.raises(UserError, match=r"^here: "):
+            tokenizer_from_dict(other, "here")
 
 
 @pytest.mark.parametrize("before", ["", "a", "\ufdd0", "\ud800", "\ufdd0\ufdd1"], ids=ascii)
