@@ -66,10 +66,12 @@ def make_parser() -> ArgumentParser:
         "--source",
         nargs="+",
         metavar="PATHS_OR_REPO",
-        help="instead: files, directories, globs (.parquet, .jsonl, .txt), OWNER/NAME on the Hugging Face Hub, or "
-        "hf://datasets/OWNER/NAME[@REVISION]/GLOB. A line or row is a document, with a string 'text'; so is a whole "
-        "plain-text file",
+        help="instead: files, directories, globs (.parquet, .jsonl, .txt), OWNER/NAME[:CONFIG] on the Hugging Face "
+        "Hub, or hf://datasets/OWNER/NAME[@REVISION]/GLOB. A line or row is a document, with a string 'text'; so is a "
+        "whole plain-text file. Where folders or names tell splits apart, only train is trained on, and validation is "
+        "the validation",
     )
+    add("--revision", metavar="REVISION", help="branch, tag or commit of the data set on the Hub [its default branch]")
     add(
         "--name",
         metavar="NAME",
@@ -133,12 +135,13 @@ def tokenize(args: argparse.Namespace) -> int:
         out = args.out or Path(__file__).parent / f"{args.dataset.replace('-', '_')}_{args.size}"
     which = Part(*args.part) if args.part else None
     path = manifest_path(out, which)
-    source = find_source(addresses, load_manifest(path).source if path.exists() else None, out)
-    say(f"{source.description}: {len(source.files)} files, {sum(f.size for f in source.files) / 1e9:.3g} GB → {out}")
+    source = find_source(addresses, load_manifest(path).source if path.exists() else None, out, args.revision)
+    print(f"{source.description}: {len(source.files)} files, {sum(f.size for f in source.files) / 1e9:.3g} GB → {out}")
+    if source.validation:
+        names = [file.name for file in source.files[: source.validation]]
+        print(f"validation is the split of that name: {_listed(names)}")
     for reason, names in groupby(sorted(source.unread, key=lambda item: item[::-1]), key=lambda item: item[1]):
-        listed = [name for name, _ in names]
-        more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
-        say(f"not read, {reason}: {len(listed)} ({', '.join(listed[:20])}{more})")
+        print(f"not read, {reason}: {_listed([name for name, _ in names])}")
     job = Job(
         directory=out,
         name=name,
@@ -159,6 +162,11 @@ def tokenize(args: argparse.Namespace) -> int:
 
         print(f"drew {plot_lengths(manifest, out / 'document_lengths.png')}")
     return 0
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"{len(names)} ({', '.join(names[:20])}{more})"
 
 
 def _print_statistics(statistics: dict[str, object]) -> None:

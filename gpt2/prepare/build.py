@@ -100,6 +100,7 @@ def _make_shards(
         shard_tokens=job.shard_tokens,
         val_tokens=validation.get("tokens"),
         val_documents=validation.get("documents"),
+        val_files=validation.get("files", 0),
         max_tokens=job.max_tokens,
     )
     start = manifest.shards[first - 1].next if first else SourcePosition()

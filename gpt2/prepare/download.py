@@ -22,138 +22,166 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 from gpt2.errors import UserError
 from gpt2.files import sha256_file
 from gpt2.prepare.documents import Contents, count_units
-from gpt2.prepare.sources import Source, SourceFile, as_utf8_lines, decompress, kind_of, local_source, refuse_binary
+from gpt2.prepare.sources import (
+    METADATA,
+    Source,
+    SourceFile,
+    as_utf8_lines,
+    decompress,
+    kind_of,
+    kinds_of,
+    local_source,
+    named_here,
+    refuse_binary,
+)
+from gpt2.prepare.splits import resolve_splits
 
-# A file of a split that is not trained on, by the words that `datasets` knows it by.
-_HELD_OUT = re.compile(r"(^|[-._ 0-9/])(validation|valid|dev|val|test|testing|eval|evaluation)([-._ 0-9/]|$)", re.I)
 _ATTEMPTS = 6
 RETRY_SECONDS = 1.0  # the first wait, on average; each is twice the one before
 _REMEDY = "check the network and run the same command again, or give local files with --source"
 
 
-def find_source(addresses: Sequence[str], recorded: dict[str, Any] | None, out: Path | None = None) -> Source:
+class Address(NamedTuple):
+    """What a user wrote for files on the Hub.
+
+    Attributes:
+        repo: "OWNER/NAME".
+        revision: a branch, tag or commit; None: the repository's default branch.
+        config: a configuration of its card; None: none was chosen.
+        pattern: a glob, in which "*" also matches "/"; "*" and what ends in "/*" mean a whole data set.
+    """
+
+    repo: str
+    revision: str | None
+    config: str | None
+    pattern: str
+
+    def __str__(self) -> str:
+        """As `parse_hub` reads it."""
+        plain = self.revision and re.fullmatch(_REVISION, self.revision)
+        revision = f"@{self.revision if plain else quote(self.revision, safe='')}" if self.revision else ""
+        return f"hf://datasets/{self.repo}{revision}" + (f":{self.config}" if self.config else f"/{self.pattern}")
+
+
+_REVISION = r"refs/convert/\w+|refs/pr/\d+|[^/:@]+"
+
+
+def parse_hub(address: str) -> Address | None:
+    """Address of "OWNER/NAME[@REVISION][:CONFIG]", or "hf://datasets/" and that, or that and /PATH; None for others.
+
+    A revision with a slash is written with %2F, except for the Hub's own refs/convert/... and refs/pr/N.
+    """
+    match = re.fullmatch(
+        rf"(hf://datasets/)?(\w[\w.-]*/\w[\w.-]*)(?:@({_REVISION}))?(?::([^/]+)|/(.+))?", address.rstrip("/")
+    )
+    if match is None or (match[1] is None and (match[5] or kind_of(match[2]))):
+        return None  # with no hf:// before it, anything longer, or named as a file, is a path
+    pattern = match[5] or "*"
+    if not re.search(r"[*?\[]", pattern) and kind_of(pattern) is None:
+        pattern += "/*"  # a folder
+    return Address(match[2], unquote(match[3]) if match[3] else None, match[4], pattern)
+
+
+def find_source(
+    addresses: Sequence[str], recorded: dict[str, Any] | None, out: Path | None = None, revision: str | None = None
+) -> Source:
     """The files that the user named: paths on this machine, or one address on the Hub.
 
     Args:
         addresses: paths, globs, or one of what `parse_hub` takes. What exists here is a path.
         recorded: `source` of the manifest of an earlier run; spares the Hub the same question.
         out: directory of the shards, which are no source.
+        revision: of the repository on the Hub, where the address gives none.
     """
     first = addresses[0]
     here = not first.startswith("hf://") and (
-        len(addresses) > 1 or os.path.lexists(os.path.expanduser(first)) or bool(glob.glob(os.path.expanduser(first)))
+        len(addresses) > 1 or os.path.lexists(named_here(first)[0]) or bool(glob.glob(os.path.expanduser(first)))
     )
-    if here or parse_hub(first) is None:
+    address = None if here else parse_hub(first)
+    if address is None:
+        if revision is not None:
+            raise UserError(f"--revision {revision} is of a data set on the Hub; {first} is none")
         return local_source(addresses, out)
     if len(addresses) > 1:
         raise UserError("--source: one address on the Hub at a time; a glob may name many of its files")
-    return (hub_source_again(first, recorded) if recorded else None) or hub_source(first)
+    if revision is not None:
+        if address.revision not in (None, revision):
+            raise UserError(f"--revision {revision} and {first} name two revisions; give one")
+        address = address._replace(revision=revision)
+    return (hub_source_again(address, recorded) if recorded else None) or hub_source(address)
 
 
-def parse_hub(address: str) -> tuple[str, str | None, str] | None:
-    """(repository, revision, glob) of "OWNER/NAME" or "hf://datasets/OWNER/NAME[@REVISION][/PATH]"; None for others."""
-    revision = r"refs/convert/\w+|refs/pr/\d+|[^/]+"
-    match = re.fullmatch(rf"(hf://datasets/)?(\w[\w.-]*/\w[\w.-]*)(?:@({revision}))?(?:/(.+))?", address)
-    if match is None or (match[1] is None and (match[4] or kind_of(match[2]))):
-        return None  # with no hf:// before it, anything longer, or named as a file, is a path
-    pattern = match[4] or "*"
-    if not re.search(r"[*?\[]", pattern) and kind_of(pattern) is None:
-        pattern = pattern.rstrip("/") + "/*"  # a folder
-    return match[2], match[3], pattern
-
-
-def hub_source(address: str) -> Source:
+def hub_source(address: Address) -> Source:
     """Files of a data set on the Hub, pinned to the commit that its revision names now.
 
-    Args:
-        address: see `parse_hub`; "*" in its glob also matches "/".
-
     Raises:
-        UserError: no network, no such repository, no file that matches.
+        UserError: no network, no such repository, no file that matches, or none to train on.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, hf_hub_download
 
-    parsed = parse_hub(address)
-    if parsed is None:
-        raise UserError(f"--source {address}: neither a file here nor OWNER/NAME on the Hugging Face Hub")
-    repo, revision, pattern = parsed
+    repo, pattern = address.repo, address.pattern
+    # List only the folder that the pattern begins with: a repository may hold 100,000 files.
+    folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
 
     def listing() -> tuple[str, list[Any]]:
         api = HfApi()
-        commit = str(api.dataset_info(repo, revision=revision).sha)
-        # List only the folder that the pattern begins with: a repository may hold 100,000 files.
-        folder = str(PurePosixPath(re.split(r"[*?\[]", pattern)[0] + "x").parent)
-        found = api.list_repo_tree(
-            repo, None if folder == "." else folder, recursive=True, revision=commit, repo_type="dataset"
-        )
+        commit = str(api.dataset_info(repo, revision=address.revision).sha)
+        found = api.list_repo_tree(repo, folder or None, recursive=True, revision=commit, repo_type="dataset")
         return commit, [entry for entry in found if hasattr(entry, "size")]
 
     commit, entries = _with_retries(listing, f"list the files of {repo} on the Hugging Face Hub")
-    files = []
-    for entry in sorted(entries, key=lambda e: str(e.path)):
-        kind = kind_of(entry.path)
-        if kind is not None and fnmatch.fnmatchcase(entry.path, pattern):
-            lfs = entry.lfs.sha256 if entry.lfs else None
-            identity = f"sha256:{lfs}" if lfs else f"git:{entry.blob_id}"
-            files.append(SourceFile(entry.path, entry.size, identity, *kind))
-    if pattern == "*":
-        _refuse_mixture(repo, commit, [file.name for file in files], any(e.path == "README.md" for e in entries))
-    if not files:
-        raise UserError(f"{repo} at {commit[:12]} has no .parquet, .jsonl or .txt file that matches {pattern}")
-    return Source(_description(repo, revision, pattern), commit, tuple(files))
-
-
-def _refuse_mixture(repo: str, commit: str, names: list[str], card: bool) -> None:
-    """UserError where a whole repository is several data sets, or holds what is kept from training."""
-    if card:
-        from datasets.utils.metadata import MetadataConfigs
-        from huggingface_hub import DatasetCard, hf_hub_download
-
-        def read_card() -> Any:
-            return DatasetCard.load(hf_hub_download(repo, "README.md", repo_type="dataset", revision=commit)).data
-
-        configs = MetadataConfigs.from_dataset_card_data(_with_retries(read_card, f"read the card of {repo}"))
-        if len(configs) > 1:
-            raise UserError(
-                f"{repo} is {len(configs)} data sets: {', '.join(list(configs)[:20])}; name the files of one, as in "
-                f"hf://datasets/{repo}/FOLDER/train*"
-            )
-    held_out = [name for name in names if _HELD_OUT.search(name)]
-    if held_out and len(names) > 1:
-        raise UserError(
-            f"{repo} holds {len(held_out)} files that are kept from training, such as {held_out[0]}, of {len(names)}; "
-            f"name those to train on, as in hf://datasets/{repo}/FOLDER/train*"
-        )
-    if len(kinds := sorted({(kind_of(name) or ("",))[0] for name in names})) > 1:
+    found = {str(entry.path): entry for entry in entries if fnmatch.fnmatchcase(entry.path, pattern)}
+    train = sorted(name for name in found if kind_of(name) is not None)
+    unread = [(name, "not .parquet, .jsonl or .txt") for name in sorted(found.keys() - set(train))]
+    prefix = folder + "/" if folder else ""
+    if train and pattern == prefix + "*":  # a whole data set
+        odd = [name for name in train if re.search(r"(^|/)[._]", name) or PurePosixPath(name).name in METADATA]
+        unread += [(name, "hidden, or metadata") for name in odd]
+        card = None
+        if "README.md" in found:
+            fetch = partial(hf_hub_download, repo, "README.md", repo_type="dataset", revision=commit)
+            card = Path(_with_retries(fetch, f"read the card of {repo}")).read_text("utf-8", "replace")
+        names = [name.removeprefix(prefix) for name in train if name not in odd]
+        splits = resolve_splits(names, card, address.config, str(address).removesuffix("/*"))
+    else:
+        splits = resolve_splits([name.removeprefix(prefix) for name in train], None, None, str(address), named=True)
+    train, validation = ([prefix + name for name in part] for part in splits[:2])
+    unread += [(prefix + name, reason) for name, reason in splits.unread]
+    if pattern == prefix + "*" and len(kinds := kinds_of(train)) > 1:
         raise UserError(
             f"{repo} holds {' and '.join(kinds)} files, which may be the same text; name those to read, as in "
-            f"hf://datasets/{repo}/*{PurePosixPath(names[0]).suffix}"
+            f"hf://datasets/{repo}/*{PurePosixPath(train[0]).suffix}"
         )
+    if not train:
+        raise UserError(f"{repo} at {commit[:12]} has no .parquet, .jsonl or .txt file that matches {pattern}")
+    files = []
+    for name in validation + train:
+        entry = found[name]
+        identity = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}"
+        files.append(SourceFile(name, entry.size, identity, *(kind_of(name) or ("", ""))))
+    return Source(str(address), commit, tuple(files), tuple(unread), len(validation))
 
 
-def hub_source_again(address: str, recorded: dict[str, Any]) -> Source | None:
+def hub_source_again(address: Address, recorded: dict[str, Any]) -> Source | None:
     """The files that a manifest recorded for `address`, without asking the Hub: a commit never changes.
 
     None where the manifest is of another source.
     """
-    parsed = parse_hub(address)
-    if parsed is None or recorded.get("description") != _description(*parsed):
+    if recorded.get("description") != str(address):
         return None
     files = []
     for file in recorded["files"]:
         kind = kind_of(file["name"]) or ("", "")
         files.append(SourceFile(file["name"], file["size"], file["id"], *kind))
-    return Source(recorded["description"], recorded["revision"], tuple(files))
-
-
-def _description(repo: str, revision: str | None, pattern: str) -> str:
-    return f"hf://datasets/{repo}{'@' + revision if revision else ''}/{pattern}"
+    return Source(str(address), recorded["revision"], tuple(files), validation=recorded.get("validation", 0))
 
 
 class Fetcher:
@@ -238,7 +266,9 @@ class Fetcher:
     def _download(self, file: SourceFile) -> Path:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-        repo, revision = (parse_hub(self._source.description) or ("",))[0], self._source.revision
+        address, revision = parse_hub(self._source.description), self._source.revision
+        assert address is not None
+        repo = address.repo
         cached = try_to_load_from_cache(repo, file.name, revision=revision, repo_type="dataset")
         path = self._scratch / file.name
         if isinstance(cached, str) and self._intact(file, Path(cached)):

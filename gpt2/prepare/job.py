@@ -87,11 +87,17 @@ def new_manifest(job: Job, fetcher: Fetcher, say: Callable[[str], None]) -> Mani
 
 
 def _validation(job: Job, fetcher: Fetcher) -> dict[str, int]:
-    """How much of the source's beginning is for validation: {"tokens": n} or {"documents": n}.
+    """How much of the source's beginning is for validation: {"tokens": n}, {"documents": n} or {"files": n}.
 
-    What was asked for; else one shard; else, of a corpus that its files' sizes show to be smaller than ten shards,
-    5 % of its documents, or of `max_tokens`.
+    The validation split that the source names, of which --val-tokens may take a part; else what was asked for; else
+    one shard; else, of a corpus that its files' sizes show to be smaller than ten shards, 5 % of its documents, or of
+    `max_tokens`.
     """
+    if job.source.validation:
+        tokens = job.val_tokens
+        if tokens is None and job.max_tokens is not None:
+            tokens = max(1, job.max_tokens * _SMALL_PERCENT // 100)
+        return {"files": job.source.validation, **({"tokens": tokens} if tokens is not None else {})}
     if job.val_tokens is not None:
         return {"tokens": job.val_tokens}
     expected = sum(file.estimated_tokens() for file in job.source.files)
@@ -139,9 +145,9 @@ def continued_manifest(job: Job, manifest: Manifest) -> Manifest:
         differences.append(f"tokenizer was {manifest.tokenizer['name']}, now {job.tokenizer}")
     source = job.source.to_dict()
     differences += [
-        f"{k} was {manifest.source.get(k)}, now {source[k]}"
-        for k in ("description", "revision")
-        if manifest.source.get(k) != source[k]
+        f"{k} was {manifest.source.get(k)}, now {source.get(k)}"
+        for k in ("description", "revision", "validation")
+        if manifest.source.get(k) != source.get(k)
     ]
     before = {file["name"]: file for file in manifest.source.get("files", [])}
     after = {file["name"]: file for file in source["files"]}

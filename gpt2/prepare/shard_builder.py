@@ -43,7 +43,8 @@ class Layout:
         suffix: ".npy" or ".bin".
         shard_tokens: tokens a training shard.
         val_tokens: validation ends with the document that brings it to so many tokens, or
-        val_documents: after so many documents; the other of the two is None.
+        val_documents: after so many documents; one of the two is None, or both.
+        val_files: the source's first files, of which nothing is trained on: validation ends with them at the latest.
         max_tokens: tokens in all shards together; None for no limit.
     """
 
@@ -55,6 +56,7 @@ class Layout:
     val_tokens: int | None
     val_documents: int | None
     max_tokens: int | None
+    val_files: int = 0
 
     def split(self, index: int) -> str:
         """Split of shard number `index`."""
@@ -105,6 +107,14 @@ class ShardBuilder:
 
     def feed(self, unit: UnitTokens, place: SourcePosition) -> None:
         """Write a unit, which is at `place` in the source and whose first `place.skip` tokens are written already."""
+        if place.file < self.layout.val_files:
+            if self.layout.split(self._index) == "train":
+                return  # --val-tokens took what it needed of the validation split
+        elif self._index == 0 and self.layout.val_files and self.layout.val_prefix is not None:
+            if self._writer is None:
+                raise UserError("the files of the validation split hold no text; name the files to read without them")
+            self._close_document(0)
+            self._finish_shard(place)
         limit = self.layout.max_tokens
         at_limit = limit is not None and self.total + len(unit.tokens) - place.skip >= limit
         if limit is not None and at_limit:
@@ -116,6 +126,8 @@ class ShardBuilder:
             at = upto
             if full:
                 self._finish_shard(place._replace(skip=at))
+                if place.file < self.layout.val_files:
+                    return
         if not self.done:
             self._skipped += unit.skipped
             self._replaced += unit.replaced
@@ -173,8 +185,10 @@ class ShardBuilder:
             starts = unit.starts[np.searchsorted(unit.starts, at) :]
             if layout.val_tokens is not None:
                 later = starts[starts - at + written >= max(layout.val_tokens, 1)]
+            elif layout.val_documents is not None:
+                later = starts[layout.val_documents - self._documents :]
             else:
-                later = starts[(layout.val_documents or 0) - self._documents :]
+                later = starts[:0]
             if len(later):
                 upto, full = int(later[0]), True
         return upto, full

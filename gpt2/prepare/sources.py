@@ -25,11 +25,12 @@ from typing import Any
 from gpt2.errors import UserError
 from gpt2.files import whole_file
 from gpt2.prepare.documents import parquet_text_bytes
+from gpt2.prepare.splits import resolve_splits
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 # Written beside the texts by the tools that make data sets.
-_METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 _SAMPLE_BYTES = 1 << 16
 _MAGIC = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"PK\x03\x04", b"PAR1", b"%PDF")  # gzip, zstd, xz, zip, ...
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -73,19 +74,22 @@ class Source:
     Attributes:
         description: "local files", or the Hub's files as "hf://datasets/OWNER/NAME[@REVISION]/PATTERN".
         revision: the Hub's commit; None for local files.
-        files: sorted by name.
+        files: those of validation, then those to train on, each sorted by name.
         unread: what was found beside them and is not read, each with the reason.
+        validation: how many files are the validation split that the source names; 0 where it names none.
     """
 
     description: str
     revision: str | None
     files: tuple[SourceFile, ...]
     unread: tuple[tuple[str, str], ...] = ()
+    validation: int = 0
 
     @cached_property
     def begins(self) -> tuple[int, ...]:
-        """Bytes before each file, and of all files at the end."""
-        return tuple(itertools.accumulate((file.size for file in self.files), initial=0))
+        """Bytes to train on before each file, and of all files at the end."""
+        sizes = (0 if number < self.validation else file.size for number, file in enumerate(self.files))
+        return tuple(itertools.accumulate(sizes, initial=0))
 
     def to_dict(self) -> dict[str, Any]:
         """What a manifest keeps of it."""
@@ -93,6 +97,7 @@ class Source:
             "description": self.description,
             "revision": self.revision,
             "files": [{"name": f.name, "size": f.size, "id": f.identity} for f in self.files],
+            **({"validation": self.validation} if self.validation else {}),
         }
 
 
@@ -121,14 +126,20 @@ def kind_of(name: str) -> tuple[str, str] | None:
     return kind, compression
 
 
+def kinds_of(names: Sequence[str]) -> list[str]:
+    """The different kinds of files, sorted."""
+    return sorted({(kind_of(name) or ("",))[0] for name in names})
+
+
 def local_source(patterns: Sequence[str], out: Path | None = None) -> Source:
     """Files, directories and glob patterns on this machine, as one source in order of name.
 
     What exists by the very name given is meant by it; else "*", "?" and "[...]" are wild. A file is read once however
-    often it is named. In a directory, links are followed, and hidden files and `out` are passed over.
+    often it is named. In a directory, links are followed, and hidden files and `out` are passed over. Splits are told
+    apart by `resolve_splits`.
 
     Args:
-        patterns: what the user named.
+        patterns: what the user named; DIR:CONFIG for one configuration of a directory that has a card.
         out: directory of the shards, which are no source.
 
     Raises:
@@ -136,23 +147,20 @@ def local_source(patterns: Sequence[str], out: Path | None = None) -> Source:
     """
     paths: dict[str, Path] = {}  # by where links lead
     unread: dict[str, str] = {}
+    named: list[Path] = []
+    within: dict[Path, Path] = {}  # file to the directory it was found in
+    config = None
     for pattern in patterns:
-        named = os.path.expanduser(pattern)
-        found = [named] if os.path.lexists(named) else sorted(glob.glob(named, recursive=True))
+        plain, config = named_here(pattern)
+        found = [plain] if os.path.lexists(plain) else sorted(glob.glob(plain, recursive=True))
         if not found:
             raise UserError(f"--source {pattern}: no such file, directory or pattern")
         for path in map(Path, found):
+            named.append(path)
             if path.is_dir():
                 inside = _inside(path, out, unread)
-                kinds = sorted({(kind_of(p.name) or ("",))[0] for p in inside})
                 if not inside:
                     raise UserError(f"--source {path}: no {_known_names()} file in this directory")
-                if "parquet" in kinds and len(kinds) > 1:
-                    others = " and ".join(kind for kind in kinds if kind != "parquet")
-                    raise UserError(
-                        f"--source {path}: parquet beside {others} files, which may hold the same text again; name "
-                        f"the ones to read, such as '{path}/**/*.parquet'"
-                    )
             elif not path.exists():
                 raise UserError(f"--source {path}: a link to {os.path.realpath(path)}, which does not exist")
             elif kind_of(path.name) is None:
@@ -162,24 +170,57 @@ def local_source(patterns: Sequence[str], out: Path | None = None) -> Source:
             else:
                 inside = [path]
             for file in inside:
-                plain = Path(os.path.normpath(file.absolute())) if ".." not in file.parts else file.resolve()
-                kept = paths.setdefault(os.path.realpath(file), plain)
-                if kept != plain:
-                    unread[str(plain)] = f"is {kept}, read already"
-    common = Path(os.path.commonpath([path.parent for path in paths.values()]))
-    files = []
-    for name, path in sorted((p.relative_to(common).as_posix(), p) for p in paths.values()):
-        kind, compression = kind_of(name) or ("", "")
-        try:
-            size, identity = path.stat().st_size, _identity(path)
-            if kind != "parquet" and not compression:
-                refuse_binary(path)
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        # Opened here, so that a file that is not parquet is refused before anything is made.
-        text_bytes = parquet_text_bytes(path) if kind == "parquet" else None
-        files.append(SourceFile(name, size, identity, kind, compression, path, text_bytes))
-    return Source("local files", None, tuple(files), tuple(sorted(unread.items())))
+                full = Path(os.path.normpath(file.absolute())) if ".." not in file.parts else file.resolve()
+                kept = paths.setdefault(os.path.realpath(file), full)
+                if kept != full:
+                    unread[str(full)] = f"is {kept}, read already"
+                elif path.is_dir():
+                    within[full] = path
+    whole = named[0] if len(named) == 1 and named[0].is_dir() else None
+    if config is not None and whole is None:
+        raise UserError(f"--source {' '.join(patterns)}: a configuration is of one directory; name that alone")
+    root = os.path.normpath(whole.absolute()) if whole else os.path.commonpath([p.parent for p in paths.values()])
+    relative = {Path(os.path.relpath(path, root)).as_posix(): path for path in paths.values()}
+    card = whole / "README.md" if whole else None
+    text = card.read_text("utf-8", "replace") if card and card.is_file() else None
+    splits = resolve_splits(list(relative), text, config, str(whole) if whole else "--source", named=whole is None)
+    unread |= {str(relative[name]): reason for name, reason in splits.unread}
+    train, validation = ([relative[name] for name in names] for names in splits[:2])
+    for directory in set(within.values()):
+        kinds = kinds_of([path.name for path in train if within.get(path) == directory])
+        if "parquet" in kinds and len(kinds) > 1:
+            others = " and ".join(kind for kind in kinds if kind != "parquet")
+            raise UserError(
+                f"--source {directory}: parquet beside {others} files, which may hold the same text again; name the "
+                f"ones to read, such as '{directory}/**/*.parquet'"
+            )
+    common = os.path.commonpath([path.parent for path in train + validation])
+    files = [
+        _local_file(name, path)
+        for part in (validation, train)
+        for name, path in sorted((Path(os.path.relpath(path, common)).as_posix(), path) for path in part)
+    ]
+    return Source("local files", None, tuple(files), tuple(sorted(unread.items())), len(validation))
+
+
+def named_here(pattern: str) -> tuple[str, str | None]:
+    """(path or glob, configuration) of what the user named: a directory that exists may be followed by :CONFIG."""
+    named = os.path.expanduser(pattern)
+    directory, colon, config = named.rpartition(":")
+    return (directory, config) if colon and not os.path.lexists(named) and os.path.isdir(directory) else (named, None)
+
+
+def _local_file(name: str, path: Path) -> SourceFile:
+    kind, compression = kind_of(name) or ("", "")
+    try:
+        size, identity = path.stat().st_size, _identity(path)
+        if kind != "parquet" and not compression:
+            refuse_binary(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    # Opened here, so that a file that is not parquet is refused before anything is made.
+    text_bytes = parquet_text_bytes(path) if kind == "parquet" else None
+    return SourceFile(name, size, identity, kind, compression, path, text_bytes)
 
 
 def _inside(directory: Path, out: Path | None, unread: dict[str, str]) -> list[Path]:
@@ -198,7 +239,7 @@ def _inside(directory: Path, out: Path | None, unread: dict[str, str]) -> list[P
         for path in (Path(root, name) for name in names):
             if path.name.startswith("."):
                 unread[str(path)] = "hidden"
-            elif path.name in _METADATA:
+            elif path.name in METADATA:
                 unread[str(path)] = "metadata, not text"
             elif kind_of(path.name) is None:
                 unread[str(path)] = f"not {_known_names()}"

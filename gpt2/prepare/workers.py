@@ -51,8 +51,8 @@ class Unit(NamedTuple):
 
 
 def files_of_part(source: Source, part: Part) -> list[int]:
-    """Numbers of the files that may have a unit in `part`."""
-    numbers, total = [], source.begins[-1]
+    """Numbers of the files that may have a unit in `part`; those of validation are in the first."""
+    numbers, total = list(range(source.validation if part.number == 1 else 0)), source.begins[-1]
     for number, (begin, end) in enumerate(itertools.pairwise(source.begins)):
         # [begin, end) of the source's bytes meets [(number - 1) / of, number / of) of them
         if begin < end and begin * part.of < total * part.number and end * part.of > total * (part.number - 1):
@@ -62,6 +62,8 @@ def files_of_part(source: Source, part: Part) -> list[int]:
 
 def units_of_file(source: Source, number: int, units: int, part: Part) -> range:
     """Units of file `number`, which has `units`, that belong to `part`. A plain text belongs to one part whole."""
+    if number < source.validation:
+        return range(units if part.number == 1 else 0)
     begin, size, total = source.begins[number], source.files[number].size, source.begins[-1]
     pieces = 1 if source.files[number].kind == "text" else units
     # Piece p of the file has its middle at begin + size·(2p + 1) / (2·pieces); exact in integers.
@@ -105,7 +107,8 @@ class Units:
             file = self._source.files[number]
             for unit in units:
                 skip = self._start.skip if (number, unit) == self._start[:2] else 0
-                done = (self._source.begins[number] + file.size * (unit + 1) / count) / max(self._source.begins[-1], 1)
+                begin, end = self._source.begins[number : number + 2]
+                done = (begin + (end - begin) * (unit + 1) / count) / max(self._source.begins[-1], 1)
                 done = min(max(done * self._part.of - (self._part.number - 1), 0.0), 1.0)
                 documents = contents.documents[unit] if contents.documents is not None else None
                 place = SourcePosition(number, unit, skip)

@@ -51,6 +51,7 @@ class _Source:
     description: str = ""
     revision: str | None = None
     files: tuple[_SourceFile, ...] = ()
+    validation: Count = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class _Options:
     shard_tokens: Count | None = None
     val_tokens: Count | None = None
     max_tokens: Count | None = None
-    validation: dict[Literal["tokens", "documents"], Count] | None = None
+    validation: dict[Literal["tokens", "documents", "files"], Count] | None = None
 
 
 @dataclass(frozen=True)

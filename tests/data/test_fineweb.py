@@ -277,7 +277,7 @@ def test_help_is_quick_and_complete():
     assert code == 0
     for flag in ("dataset", "size", "source", "out", "shard-tokens", "val-tokens", "max-tokens", "workers", "format"):
         assert f"--{flag}" in printed
-    for flag in ("tokenizer", "part", "plot", "keep-downloads"):
+    for flag in ("tokenizer", "part", "plot", "keep-downloads", "revision"):
         assert f"--{flag}" in printed
     assert "verify DIR" in printed
 

@@ -426,3 +426,42 @@ def test_real_documents_against_their_own_token_counts(tmp_path):
         ids = gpt2_tokenizer().encode(text)
         assert tokens[begin : begin + len(ids)].tolist() == ids
     assert manifest.statistics()["documents"] == 1192
+
+
+def test_a_validation_split_that_is_named_is_the_validation(tmp_path):
+    """Whole, or as much as was asked for, in one piece or in parts, and made again as it was; test is not read."""
+    source, texts = tmp_path / "source", {}
+    for number, split in enumerate(("train", "validation", "test")):
+        texts[split] = in_order(documents(60 + number))
+        source.mkdir(exist_ok=True)
+        write_parquet(source / split, texts[split])
+        texts[split] = in_order(texts[split])
+    out = tmp_path / "out"
+    manifest = prepare(job(out, source), lambda line: None)
+    assert manifest.options["validation"] == {"files": 3}
+    dataset = open_dataset(out)
+    assert dataset.val.read(0, len(dataset.val)).tolist() == stream(texts["validation"])
+    train = dataset.train.read(0, len(dataset.train)).tolist()
+    assert train == stream(texts["train"])
+    assert manifest.statistics()["documents"] == len(texts["train"]) + len(texts["validation"])
+    assert [check.problem for check in check_manifest(out, manifest)] == [""] * len(manifest.shards)
+    before = contents(out)
+    (out / manifest.shards[0].file).unlink()
+    prepare(job(out, source), lambda line: None)
+    assert contents(out) == before
+    for number in (2, 1, 3):
+        prepare(job(tmp_path / "parts", source, part=Part(number, 3)), lambda line: None)
+    merge_parts(tmp_path / "parts")
+    parts = open_dataset(tmp_path / "parts")
+    assert parts.val.read(0, len(parts.val)).tolist() == stream(texts["validation"])
+    assert parts.train.read(0, len(parts.train)).tolist() == train
+    few = tmp_path / "few"
+    manifest = prepare(job(few, source, val_tokens=50), lambda line: None)
+    assert 50 <= manifest.shards[0].tokens < 150
+    assert open_dataset(few).train.read(0, len(train)).tolist() == train
+    (few / manifest.shards[1].file).unlink()
+    prepare(job(few, source, val_tokens=50), lambda line: None)
+    assert open_dataset(few).train.read(0, len(train)).tolist() == train
+    limited = prepare(job(tmp_path / "limited", source, max_tokens=1000), lambda line: None)
+    assert limited.statistics()["tokens"] == 1000
+    assert 50 <= limited.shards[0].tokens < 150

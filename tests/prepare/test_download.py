@@ -41,6 +41,7 @@ class Hub(http.server.ThreadingHTTPServer):
         files: path → content.
         faults: path → what its next downloads suffer: "503", "cut" (half, then the line drops), "flip" (a wrong byte).
         downloads: how often the content of a path was asked for.
+        revisions: those asked for; "" where none was.
         down: answer everything with 503.
     """
 
@@ -51,6 +52,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.files = files
         self.faults: dict[str, list[str]] = {}
         self.downloads: Counter[str] = Counter()
+        self.revisions: list[str] = []
         self.down = False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -85,6 +87,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.down:
             return self.answer(503)
         if path == "/api/datasets/owner/name" or path.startswith("/api/datasets/owner/name/revision/"):
+            self.server.revisions.append(path.partition("/revision/")[2])
             return self.answer(200, json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": []}).encode())
         tree = f"/api/datasets/owner/name/tree/{COMMIT}"
         if path.startswith(tree):
@@ -145,12 +148,16 @@ def server():
     made.server_close()
 
 
+def environment(server: Hub, tmp_path: Path) -> dict[str, str]:
+    """In which the Hub is `server`."""
+    made = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+    return made | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+
+
 def run(server: Hub, tmp_path: Path, *arguments: object, **variables: str) -> tuple[int, str, str]:
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", **variables}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env=environment,
+        env={**environment(server, tmp_path), **variables},
         capture_output=True,
         text=True,
         timeout=600,
@@ -236,23 +243,102 @@ def test_no_network_and_no_repository(server, tmp_path):
     assert not out.exists()
 
 
-def test_a_repository_that_mixes_data_sets_or_splits_is_refused_before_the_work(server, tmp_path):
-    out = tmp_path / "out"
-    command = ["--source", "owner/name", "--out", out]
-    server.files = {f"{c}/{s}/0.parquet": parquet(["x"]) for c in ("en", "de") for s in ("train", "test", "validation")}
-    code, _, error = run(server, tmp_path, *command)
+CARD = (
+    b"---\nconfigs:\n- config_name: en\n  data_files:\n  - {split: train, path: en/train/*}\n  - {split: val, path: en/\
+validation/*}\n- config_name: de\n  data_files: de/*/*\n---\n"
+)
+
+
+def text_of(directory: Path) -> tuple[str, str]:
+    """What is validated on, and what is trained on."""
+    dataset = open_dataset(directory)
+    splits = (s.read(0, len(s)).tolist() for s in (dataset.val, dataset.train))
+    val, train = (gpt2_tokenizer().decode(tokens).replace("<|endoftext|>", " ").strip() for tokens in splits)
+    return val, train
+
+
+def found_by(server: Hub, tmp_path: Path, *addresses: tuple[str, str | None]) -> list[list[list[str]] | str]:
+    """For each (address, revision): files of validation, of training, and what is not read; or why it is refused."""
+    program = """if True:
+    import json, sys
+    from gpt2.errors import UserError
+    from gpt2.prepare.download import find_source
+    for address, revision in json.loads(sys.argv[1]):
+        try:
+            s = find_source([address], None, revision=revision)
+            names = [file.name for file in s.files]
+            print(json.dumps([names[: s.validation], names[s.validation :], [": ".join(item) for item in s.unread]]))
+        except UserError as error:
+            print(json.dumps(str(error)))
+    """
+    command = [sys.executable, "-c", program, json.dumps(addresses)]
+    done = subprocess.run(command, env=environment(server, tmp_path), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_configurations_and_splits_of_a_repository(server, tmp_path):
+    """Only train is trained on, the validation split is the validation, and several configurations ask for a choice."""
+    layout = [f"{c}/{s}/0.parquet" for c in ("en", "de") for s in ("train", "test", "validation")]
+    server.files = {name: parquet([name.replace("/", " ")[:-10]]) for name in layout}
+    folder, star = ("hf://datasets/owner/name/de", None), ("hf://datasets/owner/name/*/*.parquet", None)
+    whole, folder, star = found_by(server, tmp_path, ("owner/name", None), folder, star)
+    validation, train = ([f"{c}/{s}/0.parquet" for c in ("de", "en")] for s in ("validation", "train"))
+    tests = [f"{c}/test/0.parquet: of the split test, which is not trained on" for c in ("de", "en")]
+    assert whole == star == [validation, train, tests]
+    assert folder == [validation[:1], train[:1], tests[:1]]
+    server.files["README.md"] = CARD
+    server.files["a.jsonl"] = b""
+    refused, german, repository = found_by(
+        server, tmp_path, ("owner/name", None), ("owner/name:de", None), ("owner/nothing:de", None)
+    )
+    assert "is 2 data sets: en, de; choose one, as in --source hf://datasets/owner/name:en" in refused
+    assert german[:2] == [[], [name for name in sorted(layout) if name.startswith("de/")]]
+    assert "a.jsonl: of no split" in german[2]
+    assert "it does not exist" in repository
+    chosen = ["--source", "owner/name:en", "--revision", "a/branch", "--out", tmp_path / "en", "--workers", 1]
+    code, printed, error = run(server, tmp_path, *chosen)
+    assert code == 0, error
+    assert "not read, of no split: 5 (a.jsonl, de/test/0.parquet" in printed
+    assert server.revisions[-1] == "a/branch"
+    dataset = open_dataset(tmp_path / "en")
+    assert dataset.manifest.source["description"] == "hf://datasets/owner/name@a%2Fbranch:en"
+    for split, text in ((dataset.val, "en validation"), (dataset.train, "en train")):
+        assert split.read(0, len(split)).tolist() == [50256, *gpt2_tokenizer().encode(text)]
+    server.down = True  # what the manifest recorded is enough, splits included
+    code, printed, error = run(server, tmp_path, *chosen)
+    assert code == 0, error
+    assert "complete and verified" in printed
+
+
+def test_revisions(server, tmp_path):
+    """Of the default data set, and those that cannot be."""
+    handler = Handler.do_GET
+    asked: list[str] = []
+
+    def listen(self):
+        asked.append(unquote(self.path))
+        return handler(self)
+
+    Handler.do_GET = listen
+    try:
+        code = run(server, tmp_path, "--revision", "v1.0.0", "--out", tmp_path / "out")[0]
+    finally:
+        Handler.do_GET = handler
     assert code == 2
-    assert "4 files that are kept from training" in error
-    card = "---\nconfigs:\n- config_name: en\n  data_files: en/*\n- config_name: de\n  data_files: de/*\n---\n"
-    server.files["README.md"] = card.encode()
-    code, _, error = run(server, tmp_path, *command)
-    assert code == 2
-    assert "is 2 data sets: en, de" in error
+    assert asked[0].startswith("/api/datasets/HuggingFaceFW/fineweb-edu/revision/v1.0.0")
+    for source, revision, message in (
+        ("owner/name@v1", "v2", "name two revisions"),
+        (str(ROOT / "README.md"), "v2", "is of a data set on the Hub"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_source([source], None, revision=revision)
+
+
+def test_kinds_of_file_that_may_be_the_same_text_are_refused(server, tmp_path):
     server.files = {"a.parquet": parquet(["x"]), "a.jsonl": b'{"text": "x"}'}
-    code, _, error = run(server, tmp_path, *command)
-    assert code == 2
-    assert "jsonl and parquet files, which may be the same text" in error
-    assert not out.exists()
+    (refused,) = found_by(server, tmp_path, ("owner/name", None))
+    assert "jsonl and parquet files, which may be the same text" in refused
 
 
 def test_growing_waits_then_one_line(monkeypatch):
@@ -285,9 +371,9 @@ def test_growing_waits_then_one_line(monkeypatch):
 
 
 def test_addresses():
-    assert parse_hub("owner/name") == ("owner/name", None, "*")
-    assert parse_hub("hf://datasets/o/n@v1.0/sample/10BT") == ("o/n", "v1.0", "sample/10BT/*")
-    assert parse_hub("hf://datasets/o/n/x.parquet") == ("o/n", None, "x.parquet")
+    assert parse_hub("owner/name") == ("owner/name", None, None, "*")
+    assert parse_hub("hf://datasets/o/n@v1.0/sample/10BT") == ("o/n", "v1.0", None, "sample/10BT/*")
+    assert parse_hub("hf://datasets/o/n/x.parquet") == ("o/n", None, None, "x.parquet")
     for address in ("name", "a/b/c", "/absolute", "./a.parquet", "dir/a.parquet", "http://x/y", "*.parquet"):
         assert parse_hub(address) is None
 

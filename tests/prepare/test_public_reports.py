@@ -125,9 +125,41 @@ def test_parquet_beside_the_same_text_is_refused(tmp_path):
     assert read(tmp_path, str(tmp_path / "*.parquet")) == ["a", "b"]
 
 
-def test_revisions_with_slashes():
-    assert parse_hub("hf://datasets/o/n@refs/convert/parquet/en/*") == ("o/n", "refs/convert/parquet", "en/*")
-    assert parse_hub("o/n@refs/pr/3") == ("o/n", "refs/pr/3", "*")
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("hf://datasets/o/n@refs/convert/parquet/en/*", ("o/n", "refs/convert/parquet", None, "en/*")),
+        ("o/n@refs/pr/3", ("o/n", "refs/pr/3", None, "*")),
+        ("hf://datasets/o/n@feature%2Fx/a.jsonl", ("o/n", "feature/x", None, "a.jsonl")),
+        ("o/n:20220301.en", ("o/n", None, "20220301.en", "*")),
+        ("o/n@v1:en", ("o/n", "v1", "en", "*")),
+    ],
+)
+def test_an_address_on_the_hub(address, parts):
+    found = parse_hub(address)
+    assert found == parts
+    assert parse_hub(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "named", "train", "validation"),
+    [
+        (("train/a.txt", "test/a.txt", "validation/a.txt"), ".", "train/a.txt", "validation/a.txt"),
+        (("train/a.txt", "test/a.txt", "validation/a.txt"), "*", "train/a.txt", "validation/a.txt"),
+        (("train-0.txt", "test-0.txt", "dev-0.txt"), ".", "train-0.txt", "dev-0.txt"),
+        (("train-0.txt", "test-0.txt", "dev-0.txt"), "*.txt", "train-0.txt", "dev-0.txt"),
+        (("val.txt", "mine.txt"), ".", "mine.txt", "val.txt"),
+        (("train/a.txt", "test/b.txt"), "test", "b.txt", None),
+    ],
+)
+def test_splits_on_disk_are_told_apart(tmp_path, names, named, train, validation):
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text(name)
+    source = local_source([str(tmp_path / "data" / named)])
+    assert source.validation == (validation is not None)
+    found = [file.path.relative_to(tmp_path / "data").as_posix() for file in source.files]
+    assert found == [name if named != "test" else f"test/{name}" for name in (validation, train) if name]
 
 
 def test_json_nested_too_deeply_is_refused_in_one_line(tmp_path):
