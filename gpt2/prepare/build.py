@@ -54,10 +54,13 @@ def prepare(job: Job, say: Callable[[str], None]) -> Manifest:
 def _prepare(job: Job, say: Callable[[str], None]) -> Manifest:
     scratch = job.directory / (".fetched" if job.part is None else f".fetched-{job.part.number:04d}")
     ahead = 2 + job.workers // 8  # a file takes a worker minutes to tokenize
+    earlier = load_manifest(job.manifest_path) if job.manifest_path.exists() else None
+    if earlier is not None:
+        job = replace(job, source=job.source.after(earlier.source))
     with Fetcher(job.source, scratch, job.keep_downloads, ahead) as fetcher:
-        if job.manifest_path.exists():
-            manifest = continued_manifest(job, load_manifest(job.manifest_path))
-            missing = _damaged_shards(job.directory, manifest, say)
+        if earlier is not None:
+            manifest, compare = continued_manifest(job, earlier, say)
+            missing = sorted({*_damaged_shards(job.directory, manifest, say), *compare})
             if manifest.complete and not missing:
                 say(f"{job.directory} is complete and verified: {totals(manifest)}")
                 return manifest
@@ -74,6 +77,11 @@ def _prepare(job: Job, say: Callable[[str], None]) -> Manifest:
         with Workers(job.workers, manifest.tokenizer) as workers:
             for first, stop in _gaps(len(manifest.shards), missing, manifest.complete):
                 manifest = _make_shards(job, manifest, fetcher, workers, first, stop)
+            # Not before: while a rewritten file is being compared, its old time must tell the next run to do so again.
+            manifest = replace(manifest, source=job.source.to_dict(), failed_file=None)
+            save_manifest(job.manifest_path, manifest)
+            if not manifest.complete:
+                manifest = _make_shards(job, manifest, fetcher, workers, len(manifest.shards), None)
     say(f"{job.directory}: {totals(manifest)}")
     return manifest
 
@@ -101,6 +109,7 @@ def _make_shards(
         val_tokens=validation.get("tokens"),
         val_documents=validation.get("documents"),
         val_files=validation.get("files", 0),
+        val_lines=validation.get("lines"),
         max_tokens=job.max_tokens,
     )
     start = manifest.shards[first - 1].next if first else SourcePosition()
@@ -138,19 +147,11 @@ def _make_shards(
 
 
 def _gaps(shards: int, missing: Sequence[int], complete: bool) -> Iterator[tuple[int, int | None]]:
-    """Runs of shards to make: (first, the next that is there, or None for to the end of the source)."""
-    wanted = set(missing)
-    index = 0
-    while index < shards:
-        if index not in wanted:
-            index += 1
-            continue
-        first = index
-        while index in wanted:
-            index += 1
-        yield first, index if index < shards else None
-    if not complete and shards - 1 not in wanted:
-        yield shards, None
+    """Runs of shards to make again: (first, the next that is there, or None for to the end of the source)."""
+    for first in missing:
+        if first - 1 not in missing:
+            stop = next(index for index in range(first, shards + 1) if index not in missing)
+            yield first, None if complete and stop == shards else stop
 
 
 def _damaged_shards(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> list[int]:

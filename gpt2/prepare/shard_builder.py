@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from gpt2.errors import UserError
 from gpt2.tokens.manifest import Manifest, ShardEntry, SourcePosition, length_bin, save_manifest
 from gpt2.tokens.shard_file import ShardWriter
+from gpt2.tokens.tokenizer import Tokenizer, tokenizer_from_dict
 
 
 class UnitTokens(NamedTuple):
@@ -44,6 +46,8 @@ class Layout:
         shard_tokens: tokens a training shard.
         val_tokens: validation ends with the document that brings it to so many tokens, or
         val_documents: after so many documents; one of the two is None, or both.
+        val_lines: after so many tokens and the end of a line or document, of few documents; the rest of a document is
+            one of its own, trained on. Where twice as many tokens have no such end, after a character.
         val_files: the source's first files, of which nothing is trained on: validation ends with them at the latest.
         max_tokens: tokens in all shards together; None for no limit.
     """
@@ -57,6 +61,7 @@ class Layout:
     val_documents: int | None
     max_tokens: int | None
     val_files: int = 0
+    val_lines: int | None = None
 
     def split(self, index: int) -> str:
         """Split of shard number `index`."""
@@ -119,13 +124,16 @@ class ShardBuilder:
         at_limit = limit is not None and self.total + len(unit.tokens) - place.skip >= limit
         if limit is not None and at_limit:
             unit = _truncated(unit, place.skip + limit - self.total)
-        at, end = place.skip, len(unit.tokens)
-        while at < end and not self.done:
+        at, inserted = place.skip, 0
+        while at < len(unit.tokens) and not self.done:
+            if self._is_second_half(unit, at):
+                unit, inserted, at = self._second_half(unit, at), self._has_eot - at, 0
             upto, full = self._cut(unit, at)
-            self._append(unit, at, upto)
+            halved = full and self._index == 0 and self.layout.val_lines is not None
+            self._append(_truncated(unit, upto) if halved else unit, at, upto)
             at = upto
             if full:
-                self._finish_shard(place._replace(skip=at))
+                self._finish_shard(place._replace(skip=at - inserted))
                 if place.file < self.layout.val_files:
                     return
         if not self.done:
@@ -173,14 +181,48 @@ class ShardBuilder:
                 f"{self._manifest_path} or the shard, or tokenize into an empty directory"
             )
 
+    def _is_second_half(self, unit: UnitTokens, at: int) -> bool:
+        """Whether training begins with the token `at` of the unit, inside the document that validation ended in."""
+        first = self._index == 1 and self._writer is None and self.layout.split(0) == "val"
+        return first and self.layout.val_lines is not None and at not in unit.starts
+
+    def _second_half(self, unit: UnitTokens, at: int) -> UnitTokens:
+        """The unit from the token `at` on, with what is left of that token's document as one of its own."""
+        before = int(np.searchsorted(unit.starts, at))  # documents that begin before it
+        eot = int(self._has_eot)
+        tokens = np.concatenate([np.full(eot, self.manifest.eot_token or 0, unit.tokens.dtype), unit.tokens[at:]])
+        sizes = unit.sizes[before + len(unit.sizes) - len(unit.starts) - 1 :].copy()
+        sizes[0] -= _truncated(unit, at).sizes[-1]
+        half = UnitTokens(tokens, np.append(0, unit.starts[before:] - at + eot), sizes, unit.skipped, unit.replaced)
+        limit = self.layout.max_tokens
+        return half if limit is None else _truncated(half, limit - self.total)
+
+    def _line_cut(self, unit: UnitTokens, at: int, least: int, most: int) -> int | None:
+        """The first place from `least` on where a line or document ends, or from `most` on a character; None: later."""
+        ends_line, in_character = _line_ends(tokenizer_from_dict(self.manifest.tokenizer))
+        ends = np.append(False, ends_line[unit.tokens])  # at place p, the token before it ends a line
+        ends[unit.starts] = True
+        after_character = np.append(~in_character[unit.tokens], False)
+        after_character[: max(most, 0)] = False
+        begin = max(least, at + (self._writer is None))
+        places = np.flatnonzero((ends | after_character)[begin:])
+        return begin + int(places[0]) if len(places) else None
+
     def _cut(self, unit: UnitTokens, at: int) -> tuple[int, bool]:
         """How far the unit goes into the current shard from `at` on, and whether that fills the shard."""
         layout, written = self.layout, self._writer.tokens if self._writer else 0
         end = len(unit.tokens)
         upto, full = end, False
         if layout.split(self._index) == "train":
-            if written + (end - at) >= layout.shard_tokens:
-                upto, full = at + layout.shard_tokens - written, True
+            recorded = self._recorded()  # shorter where files were added behind it
+            tokens = recorded.tokens if recorded is not None else layout.shard_tokens
+            if written + (end - at) >= tokens:
+                upto, full = at + tokens - written, True
+        elif layout.val_lines is not None:
+            least = at + layout.val_lines - written
+            place = self._line_cut(unit, at, least, least + layout.val_lines)
+            if place is not None:
+                return place, True
         else:
             starts = unit.starts[np.searchsorted(unit.starts, at) :]
             if layout.val_tokens is not None:
@@ -225,9 +267,19 @@ class ShardBuilder:
         edge = length_bin(length)
         self._lengths[edge] = self._lengths.get(edge, 0) + count
 
+    def _recorded(self) -> ShardEntry | None:
+        """The entry of the current shard where it is made again, and not to the source's end."""
+        shards = self.manifest.shards
+        return shards[self._index] if self._index < len(shards) - (self._stop is None) else None
+
     def _finish_shard(self, following: SourcePosition | None) -> None:
         assert self._writer is not None
-        self._writer.finish()
+        shards = list(self.manifest.shards)
+        if not self._writer.finish(shards[self._index].sha256 if self._index < len(shards) else None):
+            raise UserError(
+                f"{self._writer.path.name} made again is not what it was: the source has changed under the same names; "
+                "restore it, or tokenize it into an empty directory"
+            )
         entry = ShardEntry(
             file=self._writer.path.name,
             split=self.layout.split(self._index),
@@ -241,12 +293,8 @@ class ShardBuilder:
             replaced=self._replaced,
             next=following,
         )
-        shards = list(self.manifest.shards)
-        if self._index < len(shards) and shards[self._index].sha256 != entry.sha256:
-            raise UserError(
-                f"{entry.file} made again is not what it was: the source has changed under the same names; "
-                "tokenize it into an empty directory"
-            )
+        if (recorded := self._recorded()) is not None:
+            entry, self._open = recorded, recorded.open_document
         shards[self._index : self._index + 1] = [entry]
         self._writer = None
         self._reset()
@@ -258,6 +306,13 @@ class ShardBuilder:
 
     def _seconds(self) -> float:
         return self.clock() if self.clock is not None else self.manifest.seconds
+
+
+@functools.lru_cache(1)
+def _line_ends(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Of each id, whether its text ends a line, and whether it begins within a character."""
+    pieces = [tokenizer.decode_bytes([token]) for token in range(tokenizer.n_vocab)]
+    return np.array([p.endswith(b"\n") for p in pieces]), np.array([0x80 <= p[0] < 0xC0 for p in pieces])
 
 
 def _text_bytes(unit: UnitTokens, at: int, upto: int, first: int, last: int) -> int:

@@ -17,7 +17,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class SourceFile:
         compression: "", ".gz" or ".zst".
         path: where it is; None where it has to be fetched.
         text_bytes: size of the texts in it, where that is known without reading it.
+        mtime_ns: when it was last written, in nanoseconds; None where the Hub says what it is.
     """
 
     name: str
@@ -59,6 +60,7 @@ class SourceFile:
     compression: str
     path: Path | None = None
     text_bytes: int | None = None
+    mtime_ns: int | None = None
 
     def estimated_tokens(self) -> float:
         """A guess, within a fifth for English where `text_bytes` is known, and rough where only the size is."""
@@ -91,12 +93,22 @@ class Source:
         sizes = (0 if number < self.validation else file.size for number, file in enumerate(self.files))
         return tuple(itertools.accumulate(sizes, initial=0))
 
+    def after(self, recorded: dict[str, Any]) -> Source:
+        """The same files, those that an earlier run recorded first and in its order, so that new ones extend it."""
+        numbers = {file["name"]: number for number, file in enumerate(recorded.get("files", []))}
+        files = sorted(self.files, key=lambda file: numbers.get(file.name, len(numbers)))
+        return replace(self, files=tuple(files))
+
     def to_dict(self) -> dict[str, Any]:
         """What a manifest keeps of it."""
         return {
             "description": self.description,
             "revision": self.revision,
-            "files": [{"name": f.name, "size": f.size, "id": f.identity} for f in self.files],
+            "files": [
+                {"name": f.name, "size": f.size, "id": f.identity}
+                | ({"mtime_ns": f.mtime_ns} if f.mtime_ns is not None else {})
+                for f in self.files
+            ],
             **({"validation": self.validation} if self.validation else {}),
         }
 
@@ -213,14 +225,14 @@ def named_here(pattern: str) -> tuple[str, str | None]:
 def _local_file(name: str, path: Path) -> SourceFile:
     kind, compression = kind_of(name) or ("", "")
     try:
-        size, identity = path.stat().st_size, _identity(path)
+        status, identity = path.stat(), _identity(path)
         if kind != "parquet" and not compression:
             refuse_binary(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     # Opened here, so that a file that is not parquet is refused before anything is made.
     text_bytes = parquet_text_bytes(path) if kind == "parquet" else None
-    return SourceFile(name, size, identity, kind, compression, path, text_bytes)
+    return SourceFile(name, status.st_size, identity, kind, compression, path, text_bytes, status.st_mtime_ns)
 
 
 def _inside(directory: Path, out: Path | None, unread: dict[str, str]) -> list[Path]:

@@ -37,11 +37,12 @@ class SourcePosition(NamedTuple):
 
 @dataclass(frozen=True)
 class _SourceFile:
-    """What an entry of `source.files` holds; small data sets give no size."""
+    """What an entry of `source.files` holds; small data sets give no size, earlier versions no time."""
 
     name: str
     id: str | None = None
     size: Count = 0
+    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class _Options:
     shard_tokens: Count | None = None
     val_tokens: Count | None = None
     max_tokens: Count | None = None
-    validation: dict[Literal["tokens", "documents", "files"], Count] | None = None
+    validation: dict[Literal["tokens", "documents", "files", "lines"], Count] | None = None
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,12 @@ class ShardWriter:
         self._write(np.ascontiguousarray(tokens, self._dtype.newbyteorder("<")).data.cast("B"))
         self.tokens += len(tokens)
 
-    def finish(self) -> None:
-        """Give the shard its name. `tokens` and `sha256` hold for the finished file."""
+    def finish(self, expected_sha256: str | None = None) -> bool:
+        """Give the shard its name. `tokens` and `sha256` hold for the finished file.
+
+        Args:
+            expected_sha256: with another checksum it gets no name, and False is returned; None: any.
+        """
         with _full_disk_told(self.path):
             if self.tokens != self._expected:
                 self._file.seek(0)
@@ -138,7 +142,10 @@ class ShardWriter:
                 self._file.seek(0)
                 self._hash = hash_file(self._file)
             self.sha256 = self._hash.hexdigest()
+            if expected_sha256 not in (None, self.sha256):
+                return False
             finish(self._file, self._temporary, self.path)
+        return True
 
     def _write(self, data: Any) -> None:
         with _full_disk_told(self.path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -242,3 +243,75 @@ def test_length_bins_are_exact_then_three_percent():
     for percent in (1, 10, 50, 90, 99):
         assert percentile(histogram(lengths), percent) == pytest.approx(np.percentile(lengths, percent), rel=0.025)
     assert percentile({}, 50) is None
+
+
+def halves(documents: list[list[int]], val_lines: int) -> list[list[int]]:
+    """Validation and training of few documents, by one list of all tokens; "a" is 0, a newline is 198."""
+    everything = [t for body in documents for t in (EOT, *body)]
+    for place in range(1, len(everything)):
+        starts = everything[place] == EOT
+        if place >= val_lines and (starts or everything[place - 1] == 198 or place >= 2 * val_lines):
+            return [everything[:place], [] if starts else [EOT], everything[place:]]
+    return [everything, [], []]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.sampled_from([64, 64, 64, 198]), min_size=1, max_size=40), min_size=1, max_size=4),
+    cuts=st.sets(st.integers(1, 150), max_size=6),
+    val_lines=st.integers(1, 40),
+    max_tokens=st.none() | st.integers(1, 150),
+    shard_tokens=st.integers(3, 60),
+    data=st.data(),
+)
+@example([[64] * 9], {4, 5}, 3, None, 4, None)  # no line ends: after a character
+@example([[64, 198] * 9], {5}, 4, 9, 4, None)  # the limit falls behind the inserted end-of-text token
+@pytest.mark.usefixtures("no_sync")
+def test_few_documents_are_halved_at_a_line(documents, cuts, val_lines, max_tokens, shard_tokens, data):
+    everything = [t for body in documents for t in (EOT, *body)]
+    bounds = [0, *sorted(cut for cut in cuts if cut < len(everything)), len(everything)]
+    units = []
+    for begin, end in itertools.pairwise(bounds):  # slices, wherever they are cut
+        tokens = everything[begin:end]
+        starts = [i for i, token in enumerate(tokens) if token == EOT]
+        edges = [*([0] if not starts or starts[0] else []), *starts, len(tokens)]
+        sizes = [3 * (sum(t != EOT for t in tokens[a:b])) for a, b in itertools.pairwise(edges)]
+        units.append(UnitTokens(*map(np.array, (tokens, starts, sizes)), 0, 0))
+        units[-1] = units[-1]._replace(tokens=units[-1].tokens.astype(np.uint16), starts=np.array(starts, np.int64))
+    val, inserted, rest = halves(documents, val_lines)
+    train = inserted + rest
+    if max_tokens is not None:
+        val, train = val[:max_tokens], train[: max(max_tokens - len(val), 0)]
+    options = {"shard_tokens": shard_tokens, "val_lines": val_lines, "max_tokens": max_tokens}
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        if not train:
+            with pytest.raises(UserError, match="went into validation"):
+                assemble(directory, units, **options)
+            return
+        manifest = assemble(directory, units, **options)
+        wanted = [val] + [train[i : i + shard_tokens] for i in range(0, len(train), shard_tokens)]
+        assert contents(manifest, directory) == wanted
+        assert [entry.documents for entry in manifest.shards] == [tokens.count(EOT) for tokens in wanted]
+        if max_tokens is None:
+            assert sum(entry.bytes for entry in manifest.shards) == 3 * sum(map(len, documents))
+        if data is None:
+            return
+        first = data.draw(st.integers(0, len(wanted) - 1))
+        stop = data.draw(st.sampled_from([None, first + 1]))
+        complete = load_manifest(directory / MANIFEST_NAME)
+        again = assemble(directory, units, first, stop if stop != len(wanted) else None, **options)
+        assert again == complete
+        assert contents(again, directory) == wanted
+
+
+def test_a_shard_made_again_otherwise_leaves_the_one_that_is_there(tmp_path):
+    units = make_units([[1, 2, 3]] * 8, [[i] for i in range(8)])
+    options = {"shard_tokens": 8, "val_documents": 1}
+    manifest = assemble(tmp_path, units, **options)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    units[4].tokens[2] = 9
+    with pytest.raises(UserError, match=r"x_train_000002\.npy made again is not what it was: the source has changed"):
+        assemble(tmp_path, units, 2, 3, **options)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert manifest.complete
