@@ -71,6 +71,13 @@ def make_parser() -> ArgumentParser:
         "whole plain-text file. Where folders or names tell splits apart, only train is trained on, and validation is "
         "the validation",
     )
+    add("--text-column", default="text", metavar="NAME", help="of the texts in parquet and JSON")
+    add(
+        "--split-on",
+        default="",
+        metavar="TEXT",
+        help="what divides documents in plain text, such as '<|endoftext|>' [each file is one document]",
+    )
     add("--revision", metavar="REVISION", help="branch, tag or commit of the data set on the Hub [its default branch]")
     add(
         "--name",
@@ -135,7 +142,8 @@ def tokenize(args: argparse.Namespace) -> int:
         out = args.out or Path(__file__).parent / f"{args.dataset.replace('-', '_')}_{args.size}"
     which = Part(*args.part) if args.part else None
     path = manifest_path(out, which)
-    source = find_source(addresses, load_manifest(path).source if path.exists() else None, out, args.revision)
+    recorded = load_manifest(path).source if path.exists() else None
+    source = find_source(addresses, recorded, out, args.revision, args.text_column, args.split_on)
     print(f"{source.description}: {len(source.files)} files, {sum(f.size for f in source.files) / 1e9:.3g} GB → {out}")
     if source.validation:
         names = [file.name for file in source.files[: source.validation]]

@@ -50,10 +50,10 @@ class Contents(NamedTuple):
     documents: tuple[int, ...] | None = None
 
 
-def count_units(path: Path, kind: str) -> Contents:
+def count_units(path: Path, kind: str, column: str = "text") -> Contents:
     """Units of an uncompressed file. UserError for a parquet file that is damaged or has no text."""
     if kind == "parquet":
-        index = _open_parquet(path).metadata
+        index = _open_parquet(path, column).metadata
         rows = tuple(index.row_group(group).num_rows for group in range(index.num_row_groups))
         if sum(rows) != index.num_rows:
             raise UserError(f"{path}: its row groups hold {sum(rows):,} rows, its index says {index.num_rows:,}")
@@ -61,10 +61,10 @@ def count_units(path: Path, kind: str) -> Contents:
     return Contents(max(1, -(-path.stat().st_size // SLICE_BYTES)))
 
 
-def count_documents(path: Path, kind: str) -> int:
+def count_documents(path: Path, kind: str, column: str = "text") -> int:
     """Documents of an uncompressed file, null and empty ones included."""
     if kind == "parquet":
-        rows: int = _open_parquet(path).metadata.num_rows
+        rows: int = _open_parquet(path, column).metadata.num_rows
         return rows
     if kind == "text":
         return 1
@@ -72,27 +72,27 @@ def count_documents(path: Path, kind: str) -> int:
         return sum(1 for line in file if line.strip())
 
 
-def read_unit(path: Path, kind: str, unit: int) -> Iterator[Document]:
+def read_unit(path: Path, kind: str, unit: int, column: str = "text") -> Iterator[Document]:
     """Documents of one unit. UserError naming the place where the file is damaged."""
     if kind == "parquet":
-        return _read_row_group(path, unit)
-    return _read_lines(path, unit) if kind == "jsonl" else _read_text(path, unit)
+        return _read_row_group(path, unit, column)
+    return _read_lines(path, unit, column) if kind == "jsonl" else _read_text(path, unit)
 
 
 _opened = threading.local()
 """The parquet file that each thread read last: an open file is never shared, for threads fetch files ahead."""
 
 
-def _open_parquet(path: Path) -> Any:
+def _open_parquet(path: Path, column: str) -> Any:
     """An open parquet file, kept until its thread asks for another: its index may take long to parse."""
-    if getattr(_opened, "path", None) != path:
-        _opened.path = None
-        _opened.file = _check_parquet(path)
-        _opened.path = path
+    if getattr(_opened, "key", None) != (path, column):
+        _opened.key = None
+        _opened.file = _check_parquet(path, column)
+        _opened.key = path, column
     return _opened.file
 
 
-def _check_parquet(path: Path) -> Any:
+def _check_parquet(path: Path, column: str) -> Any:
     """Open a parquet file. UserError where it is damaged or has not one column of texts."""
     import pyarrow
     import pyarrow.parquet
@@ -102,30 +102,30 @@ def _check_parquet(path: Path) -> Any:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
     names = file.schema_arrow.names
-    if "text" not in names:
-        raise UserError(f"{path}: no column 'text', only {', '.join(names)}")
-    if names.count("text") > 1:
-        raise UserError(f"{path}: {names.count('text')} columns are named 'text'; rename all but one")
-    kind = file.schema_arrow.field("text").type
+    if column not in names:
+        raise UserError(f"{path}: no column '{column}', only {', '.join(names)}; --text-column chooses one")
+    if names.count(column) > 1:
+        raise UserError(f"{path}: {names.count(column)} columns are named '{column}'; rename all but one")
+    kind = file.schema_arrow.field(column).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     if str(kind) not in _TEXT_TYPES:
-        raise UserError(f"{path}: column 'text' is of type {kind}, not string")
+        raise UserError(f"{path}: column '{column}' is of type {kind}, not string")
     return file
 
 
-def parquet_text_bytes(path: Path) -> int:
+def parquet_text_bytes(path: Path, column: str) -> int:
     """Uncompressed size of the column of texts, as the file's index has it."""
-    file = _open_parquet(path)
-    column = [file.schema.column(i).path for i in range(len(file.schema))].index("text")  # leaves, unlike names
+    file = _open_parquet(path, column)
+    leaf = [file.schema.column(i).path for i in range(len(file.schema))].index(column)  # leaves, unlike names
     groups = (file.metadata.row_group(g) for g in range(file.metadata.num_row_groups))
-    return sum(group.column(column).total_uncompressed_size for group in groups)
+    return sum(group.column(leaf).total_uncompressed_size for group in groups)
 
 
-def _read_row_group(path: Path, unit: int) -> Iterator[Document]:
+def _read_row_group(path: Path, unit: int, name: str) -> Iterator[Document]:
     import pyarrow
 
-    batches = _open_parquet(path).iter_batches(_BATCH_ROWS, row_groups=[unit], columns=["text"], use_threads=False)
+    batches = _open_parquet(path, name).iter_batches(_BATCH_ROWS, row_groups=[unit], columns=[name], use_threads=False)
     while True:
         try:
             batch = next(batches, None)
@@ -142,7 +142,7 @@ def _read_row_group(path: Path, unit: int) -> Iterator[Document]:
             yield _decode(text) if isinstance(text, bytes) else Document(text or "")
 
 
-def _read_lines(path: Path, unit: int) -> Iterator[Document]:
+def _read_lines(path: Path, unit: int, column: str) -> Iterator[Document]:
     start = unit * SLICE_BYTES
     with open(path, "rb") as file:
         position = start
@@ -156,11 +156,11 @@ def _read_lines(path: Path, unit: int) -> Iterator[Document]:
             if position == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield _parse_line(path, position, line)
+                yield _parse_line(path, position, line, column)
             position += len(line)
 
 
-def _parse_line(path: Path, position: int, line: bytes) -> Document:
+def _parse_line(path: Path, position: int, line: bytes, column: str) -> Document:
     decoded = _decode(line)
     try:
         record = json.loads(decoded.text)
@@ -168,13 +168,13 @@ def _parse_line(path: Path, position: int, line: bytes) -> Document:
         raise UserError(f"{path}: the line at byte {position:,} is nested too deeply to be read") from error
     except ValueError as error:
         raise UserError(f"{path}: the line at byte {position:,} is not JSON ({error})") from error
-    if not isinstance(record, dict) or "text" not in record:
+    if not isinstance(record, dict) or column not in record:
         keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{path}: the line at byte {position:,} has no 'text', only: {keys[:200]}")
-    text = record["text"]
+        raise UserError(f"{path}: the line at byte {position:,} has no '{column}', only: {keys[:200]}")
+    text = record[column]
     if text is not None and not isinstance(text, str):
         raise UserError(
-            f"{path}: 'text' of the line at byte {position:,} is of type {type(text).__name__}, not a string"
+            f"{path}: '{column}' of the line at byte {position:,} is of type {type(text).__name__}, not a string"
         )
     text, replaced = text or "", decoded.replaced
     if "\\u" in decoded.text and not text.isascii():  # only an escape can spell half of a character

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -91,7 +92,12 @@ def parse_hub(address: str) -> Address | None:
 
 
 def find_source(
-    addresses: Sequence[str], recorded: dict[str, Any] | None, out: Path | None = None, revision: str | None = None
+    addresses: Sequence[str],
+    recorded: dict[str, Any] | None,
+    out: Path | None = None,
+    revision: str | None = None,
+    column: str = "text",
+    split_on: str = "",
 ) -> Source:
     """The files that the user named: paths on this machine, or one address on the Hub.
 
@@ -100,6 +106,8 @@ def find_source(
         recorded: `source` of the manifest of an earlier run; spares the Hub the same question.
         out: directory of the shards, which are no source.
         revision: of the repository on the Hub, where the address gives none.
+        column: the name of the texts in parquet and JSON.
+        split_on: what divides documents in plain text; "": each file is one.
     """
     first = addresses[0]
     here = not first.startswith("hf://") and (
@@ -109,14 +117,15 @@ def find_source(
     if address is None:
         if revision is not None:
             raise UserError(f"--revision {revision} is of a data set on the Hub; {first} is none")
-        return local_source(addresses, out)
+        return local_source(addresses, out, column).split(split_on)
     if len(addresses) > 1:
         raise UserError("--source: one address on the Hub at a time; a glob may name many of its files")
     if revision is not None:
         if address.revision not in (None, revision):
             raise UserError(f"--revision {revision} and {first} name two revisions; give one")
         address = address._replace(revision=revision)
-    return (hub_source_again(address, recorded) if recorded else None) or hub_source(address)
+    source = (hub_source_again(address, recorded) if recorded else None) or hub_source(address)
+    return replace(source, column=column).split(split_on)
 
 
 def hub_source(address: Address) -> Source:
@@ -257,11 +266,13 @@ class Fetcher:
             path = plain
         if file.kind != "parquet":
             refuse_binary(path)
-            if as_utf8_lines(path, file.kind, plain := self._scratch / f"{index:06d}.plain.utf8"):
+            plain = self._scratch / f"{index:06d}.plain.utf8"
+            split_on = self._source.split_on if (kind_of(file.name) or ("",))[0] == "text" else ""
+            if as_utf8_lines(path, file.kind, plain, split_on, self._source.column):
                 if path != file.path and not (self._keep and not file.compression):
                     path.unlink()
                 path = plain
-        return path, count_units(path, file.kind)
+        return path, count_units(path, file.kind, self._source.column)
 
     def _download(self, file: SourceFile) -> Path:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache

@@ -111,7 +111,7 @@ def _validation(job: Job, fetcher: Fetcher, tokenizer: dict[str, Any]) -> dict[s
         documents = 0
         for number, file in enumerate(files):
             fetcher.start(range(number, len(files)))
-            documents += count_documents(fetcher.get(number)[0], file.kind)
+            documents += count_documents(fetcher.get(number)[0], file.kind, job.source.column)
     if documents >= _FEW:
         return {"documents": round(documents * _SMALL_PERCENT / 100)}
     if tokens is None:
@@ -160,7 +160,7 @@ def continued_manifest(job: Job, manifest: Manifest, say: Callable[[str], None])
     source = job.source.to_dict()
     differences += [
         f"{k} was {manifest.source.get(k)}, now {source.get(k)}"
-        for k in ("description", "revision", "validation")
+        for k in ("description", "revision", "validation", "column", "split_on")
         if manifest.source.get(k) != source.get(k)
     ]
     before = {file["name"]: file for file in manifest.source.get("files", [])}

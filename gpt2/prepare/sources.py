@@ -16,18 +16,19 @@ import lzma
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gpt2.errors import UserError
 from gpt2.files import whole_file
 from gpt2.prepare.documents import parquet_text_bytes
-from gpt2.prepare.splits import resolve_splits
+from gpt2.prepare.splits import Splits, resolve_splits
 
-_KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}
+KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}
+KINDS |= {".text": "text"}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 # Written beside the texts by the tools that make data sets.
 METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
@@ -79,6 +80,8 @@ class Source:
         files: those of validation, then those to train on, each sorted by name.
         unread: what was found beside them and is not read, each with the reason.
         validation: how many files are the validation split that the source names; 0 where it names none.
+        column: the name of the texts in parquet and JSON.
+        split_on: what divides documents in plain text; "": each file is one.
     """
 
     description: str
@@ -86,6 +89,8 @@ class Source:
     files: tuple[SourceFile, ...]
     unread: tuple[tuple[str, str], ...] = ()
     validation: int = 0
+    column: str = "text"
+    split_on: str = ""
 
     @cached_property
     def begins(self) -> tuple[int, ...]:
@@ -99,6 +104,11 @@ class Source:
         files = sorted(self.files, key=lambda file: numbers.get(file.name, len(numbers)))
         return replace(self, files=tuple(files))
 
+    def split(self, text: str) -> Source:
+        """The same, with plain text divided into documents at `text`; what is divided is read as JSON lines."""
+        files = (replace(file, kind="jsonl") if file.kind == "text" and text else file for file in self.files)
+        return replace(self, split_on=text, files=tuple(files))
+
     def to_dict(self) -> dict[str, Any]:
         """What a manifest keeps of it."""
         return {
@@ -110,6 +120,8 @@ class Source:
                 for f in self.files
             ],
             **({"validation": self.validation} if self.validation else {}),
+            **({"column": self.column} if self.column != "text" else {}),
+            **({"split_on": self.split_on} if self.split_on else {}),
         }
 
 
@@ -126,13 +138,13 @@ class FileProblem(UserError):
         self.number = number
 
 
-def kind_of(name: str) -> tuple[str, str] | None:
-    """(kind, compression) by a file's name; None where it is none of the known kinds."""
+def kind_of(name: str, kinds: Mapping[str, str] = KINDS) -> tuple[str, str] | None:
+    """(kind, compression) by a file's name; None where its ending is none of `kinds`."""
     name = name.lower()
     stem, compression = name, ""
     if name.endswith(_COMPRESSIONS):
         stem, compression = os.path.splitext(name)
-    kind = _KINDS.get(os.path.splitext(stem)[1])
+    kind = kinds.get(os.path.splitext(stem)[1])
     if kind is None or (kind == "parquet" and compression):
         return None
     return kind, compression
@@ -143,7 +155,13 @@ def kinds_of(names: Sequence[str]) -> list[str]:
     return sorted({(kind_of(name) or ("",))[0] for name in names})
 
 
-def local_source(patterns: Sequence[str], out: Path | None = None) -> Source:
+def local_source(
+    patterns: Sequence[str],
+    out: Path | None = None,
+    column: str = "text",
+    kinds: Mapping[str, str] = KINDS,
+    splits_apart: bool = True,
+) -> Source:
     """Files, directories and glob patterns on this machine, as one source in order of name.
 
     What exists by the very name given is meant by it; else "*", "?" and "[...]" are wild. A file is read once however
@@ -153,6 +171,9 @@ def local_source(patterns: Sequence[str], out: Path | None = None) -> Source:
     Args:
         patterns: what the user named; DIR:CONFIG for one configuration of a directory that has a card.
         out: directory of the shards, which are no source.
+        column: the name of the texts in parquet and JSON.
+        kinds: ending to kind of the files to read.
+        splits_apart: False: all files are trained on.
 
     Raises:
         UserError: nothing matches, a file is of no known kind, unreadable, or not what its name says.
@@ -170,15 +191,18 @@ def local_source(patterns: Sequence[str], out: Path | None = None) -> Source:
         for path in map(Path, found):
             named.append(path)
             if path.is_dir():
-                inside = _inside(path, out, unread)
+                inside = _inside(path, out, unread, column, kinds)
                 if not inside:
-                    raise UserError(f"--source {path}: no {_known_names()} file in this directory")
+                    only = "".join(f"; {name}: {why}" for name, why in unread.items() if "JSON" in why)[:300]
+                    raise UserError(f"--source {path}: no {_known_names(kinds)} file in this directory{only}")
             elif not path.exists():
                 raise UserError(f"--source {path}: a link to {os.path.realpath(path)}, which does not exist")
-            elif kind_of(path.name) is None:
-                raise UserError(f"--source {path}: not a {_known_names()} file")
+            elif kind_of(path.name, kinds) is None:
+                raise UserError(f"--source {path}: not a {_known_names(kinds)} file")
             elif not path.is_file():
                 raise UserError(f"--source {path}: neither a file nor a directory")
+            elif why := _without_texts(path, column, kinds):
+                raise UserError(f"--source {path}: {why}")
             else:
                 inside = [path]
             for file in inside:
@@ -195,24 +219,26 @@ def local_source(patterns: Sequence[str], out: Path | None = None) -> Source:
     relative = {Path(os.path.relpath(path, root)).as_posix(): path for path in paths.values()}
     card = whole / "README.md" if whole else None
     text = card.read_text("utf-8", "replace") if card and card.is_file() else None
-    splits = resolve_splits(list(relative), text, config, str(whole) if whole else "--source", named=whole is None)
+    splits = Splits(list(relative), [], [], None)
+    if splits_apart:
+        splits = resolve_splits(list(relative), text, config, str(whole) if whole else "--source", named=whole is None)
     unread |= {str(relative[name]): reason for name, reason in splits.unread}
     train, validation = ([relative[name] for name in names] for names in splits[:2])
     for directory in set(within.values()):
-        kinds = kinds_of([path.name for path in train if within.get(path) == directory])
-        if "parquet" in kinds and len(kinds) > 1:
-            others = " and ".join(kind for kind in kinds if kind != "parquet")
+        mixed = kinds_of([path.name for path in train if within.get(path) == directory])
+        if "parquet" in mixed and len(mixed) > 1:
+            others = " and ".join(kind for kind in mixed if kind != "parquet")
             raise UserError(
                 f"--source {directory}: parquet beside {others} files, which may hold the same text again; name the "
                 f"ones to read, such as '{directory}/**/*.parquet'"
             )
     common = os.path.commonpath([path.parent for path in train + validation])
     files = [
-        _local_file(name, path)
+        _local_file(name, path, column, kinds)
         for part in (validation, train)
         for name, path in sorted((Path(os.path.relpath(path, common)).as_posix(), path) for path in part)
     ]
-    return Source("local files", None, tuple(files), tuple(sorted(unread.items())), len(validation))
+    return Source("local files", None, tuple(files), tuple(sorted(unread.items())), len(validation), column)
 
 
 def named_here(pattern: str) -> tuple[str, str | None]:
@@ -222,8 +248,8 @@ def named_here(pattern: str) -> tuple[str, str | None]:
     return (directory, config) if colon and not os.path.lexists(named) and os.path.isdir(directory) else (named, None)
 
 
-def _local_file(name: str, path: Path) -> SourceFile:
-    kind, compression = kind_of(name) or ("", "")
+def _local_file(name: str, path: Path, column: str, kinds: Mapping[str, str]) -> SourceFile:
+    kind, compression = kind_of(path.name, kinds) or ("", "")
     try:
         status, identity = path.stat(), _identity(path)
         if kind != "parquet" and not compression:
@@ -231,11 +257,13 @@ def _local_file(name: str, path: Path) -> SourceFile:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     # Opened here, so that a file that is not parquet is refused before anything is made.
-    text_bytes = parquet_text_bytes(path) if kind == "parquet" else None
+    text_bytes = parquet_text_bytes(path, column) if kind == "parquet" else None
     return SourceFile(name, status.st_size, identity, kind, compression, path, text_bytes, status.st_mtime_ns)
 
 
-def _inside(directory: Path, out: Path | None, unread: dict[str, str]) -> list[Path]:
+def _inside(
+    directory: Path, out: Path | None, unread: dict[str, str], column: str, kinds: Mapping[str, str]
+) -> list[Path]:
     """The files to read below a directory; those passed over go into `unread`, each with the reason."""
     own = os.path.realpath(out) if out is not None else None
     found, seen = [], set()
@@ -253,17 +281,40 @@ def _inside(directory: Path, out: Path | None, unread: dict[str, str]) -> list[P
                 unread[str(path)] = "hidden"
             elif path.name in METADATA:
                 unread[str(path)] = "metadata, not text"
-            elif kind_of(path.name) is None:
-                unread[str(path)] = f"not {_known_names()}"
+            elif kind_of(path.name, kinds) is None:
+                unread[str(path)] = f"not {_known_names(kinds)}"
             elif not path.exists():
                 raise UserError(
                     f"{path} is a link to {os.path.realpath(path)}, which does not exist; remove or mend it"
                 )
+            elif path.suffix.lower() == ".json" and (why := _without_texts(path, column, kinds)):
+                unread[str(path)] = why
             elif path.is_file():
+                if why := _without_texts(path, column, kinds):
+                    raise UserError(f"{path}: {why}")
                 found.append(path)
             else:
                 unread[str(path)] = "neither a file nor a directory"
     return found
+
+
+def _without_texts(path: Path, column: str, kinds: Mapping[str, str]) -> str:
+    """Why a JSON file is no text, by its beginning: its first record has none; "" where it may be text."""
+    if kind_of(path.name, kinds) != ("jsonl", "") or not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        data = file.read(_SAMPLE_BYTES)
+    text = data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig", "replace").lstrip()
+    try:
+        record = json.JSONDecoder().raw_decode(text.removeprefix("[").lstrip())[0]
+    except (ValueError, RecursionError):
+        if text.split("\n", 1)[0].strip() != "{":
+            return ""  # damaged, or longer than was read
+        record = {}  # the beginning of one object over many lines
+    if isinstance(record, dict) and column in record:
+        return ""
+    keys = ", ".join(map(str, record))[:200] if isinstance(record, dict) else type(record).__name__
+    return f"JSON without '{column}', only: {keys or 'an object'}; --text-column chooses another"
 
 
 def refuse_binary(path: Path) -> None:
@@ -281,17 +332,22 @@ def refuse_binary(path: Path) -> None:
         )
 
 
-def as_utf8_lines(path: Path, kind: str, out: Path) -> bool:
-    """Write UTF-16 as UTF-8, and a JSON array as JSON lines, to `out`; False where `path` can be read as it is."""
+def as_utf8_lines(path: Path, kind: str, out: Path, split_on: str = "", column: str = "text") -> bool:
+    """Write UTF-16 as UTF-8, an array or object over many lines, or divided text, as JSON lines; False: needless."""
     with open(path, "rb") as file:
         data = file.read(_SAMPLE_BYTES)
     utf16 = data.startswith(_UTF16)
-    array = kind == "jsonl" and data.decode("utf-16" if utf16 else "utf-8-sig", "replace").lstrip().startswith("[")
-    if not (utf16 or array):
+    first_line = data.decode("utf-16" if utf16 else "utf-8-sig", "replace").lstrip().split("\n")[0].strip()
+    array = kind == "jsonl" and not split_on and (first_line.startswith("[") or first_line == "{")
+    if not (utf16 or array or split_on):
         return False
     out.parent.mkdir(parents=True, exist_ok=True)
     encoding = "utf-16" if utf16 else "utf-8-sig"
     with open(path, encoding=encoding, errors="replace", newline="") as text, whole_file(out, sync=False) as target:
+        if split_on:
+            documents = ({column: document.strip("\r\n")} for document in _divided(text, split_on))
+            target.writelines(json.dumps(document).encode() + b"\n" for document in documents)
+            return True
         if not array:
             while block := text.read(1 << 20):
                 target.write(block.encode())
@@ -299,13 +355,32 @@ def as_utf8_lines(path: Path, kind: str, out: Path) -> bool:
         try:
             records = json.load(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} begins as a JSON array and is none ({error}); replace it") from error
+            raise UserError(f"{path} begins as a JSON array or object and is none ({error}); replace it") from error
+        records = records if isinstance(records, list) else [records]
         target.writelines(json.dumps(record).encode() + b"\n" for record in records)
     return True
 
 
-def _known_names() -> str:
-    return ".parquet, .jsonl or .txt (also .gz, .zst, .bz2, .xz)"
+def _divided(text: TextIO, divider: str) -> Iterator[str]:
+    """The documents of a plain text, in time linear in its length; what follows the last divider, if anything does."""
+    begun: list[str] = []  # of a document whose end is not read yet
+    tail = ""  # may hold the beginning of a divider
+    while block := text.read(1 << 20):
+        *whole, last = (tail + block).split(divider)
+        for part in whole:
+            yield "".join([*begun, part])
+            begun = []
+        at = max(len(last) - len(divider) + 1, 0)
+        begun.append(last[:at])
+        tail = last[at:]
+    if (last := "".join([*begun, tail])).strip():
+        yield last
+
+
+def _known_names(kinds: Mapping[str, str]) -> str:
+    """What is read, in words; of all kinds, their first endings."""
+    endings = (".parquet", ".jsonl", ".txt") if kinds is KINDS else tuple(kinds)
+    return f"{', '.join(endings[:-1])} or {endings[-1]} (also .gz, .zst, .bz2, .xz)"
 
 
 def _identity(path: Path) -> str:

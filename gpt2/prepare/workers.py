@@ -48,6 +48,7 @@ class Unit(NamedTuple):
     last: bool  # of its file
     done: float  # fraction of the part's source that ends with it
     documents: int | None  # in it, as its file's own index counts them; None where there is no index
+    column: str  # of texts
 
 
 def files_of_part(source: Source, part: Part) -> list[int]:
@@ -104,7 +105,7 @@ class Units:
             units = units_of_file(self._source, number, count, self._part)
             if number == self._start.file:
                 units = range(max(units.start, self._start.unit), max(units.stop, self._start.unit))
-            file = self._source.files[number]
+            file, column = self._source.files[number], self._source.column
             for unit in units:
                 skip = self._start.skip if (number, unit) == self._start[:2] else 0
                 begin, end = self._source.begins[number : number + 2]
@@ -112,7 +113,7 @@ class Units:
                 done = min(max(done * self._part.of - (self._part.number - 1), 0.0), 1.0)
                 documents = contents.documents[unit] if contents.documents is not None else None
                 place = SourcePosition(number, unit, skip)
-                self._ready.append(Unit(place, path, file.kind, unit == units.stop - 1, done, documents))
+                self._ready.append(Unit(place, path, file.kind, unit == units.stop - 1, done, documents, column))
             if not units:
                 self._fetcher.release(number)
         return self._ready.popleft() if self._ready else None
@@ -142,8 +143,8 @@ class Workers:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=error[0] is None, cancel_futures=True)
 
-    def run(self, units: Units, action: Callable[[Path, str, int], Any]) -> Iterator[tuple[Unit, Any]]:
-        """Results of `action(path, kind, unit)` in the order of `units`. UserError for what is wrong with a file."""
+    def run(self, units: Units, action: Callable[[Path, str, int, str], Any]) -> Iterator[tuple[Unit, Any]]:
+        """Results of `action(path, kind, unit, column)` in the order of `units`. UserError for a file that is wrong."""
         pending: deque[tuple[Unit, Future[Any]]] = deque()
         more = True
         while more or pending:
@@ -157,9 +158,9 @@ class Workers:
                 unit, future = pending.popleft()
                 yield unit, self._result(unit, future)
 
-    def _submit(self, action: Callable[[Path, str, int], Any], unit: Unit) -> Future[Any]:
+    def _submit(self, action: Callable[[Path, str, int, str], Any], unit: Unit) -> Future[Any]:
         try:
-            return self._pool.submit(action, unit.path, unit.kind, unit.place.unit)
+            return self._pool.submit(action, unit.path, unit.kind, unit.place.unit, unit.column)
         except BrokenProcessPool as error:
             raise _worker_died() from error
 
@@ -232,13 +233,13 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def tokenize_unit(path: Path, kind: str, unit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
+def tokenize_unit(path: Path, kind: str, unit: int, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
     """The fields of `UnitTokens` for one unit; runs in a worker."""
     pieces: list[np.ndarray] = []
     starts, sizes = [], []
     at = skipped = replaced = 0
     eot = [] if _Worker.eot is None else [np.array([_Worker.eot], _Worker.dtype)]
-    for document in read_unit(path, kind, unit):
+    for document in read_unit(path, kind, unit, column):
         text = document.text
         if not text and document.begins:
             skipped += 1
@@ -256,9 +257,9 @@ def tokenize_unit(path: Path, kind: str, unit: int) -> tuple[np.ndarray, np.ndar
     return buffer, np.array(starts, np.int64), np.array(sizes, np.int64), skipped, replaced
 
 
-def characters_of_unit(path: Path, kind: str, unit: int) -> set[str]:
+def characters_of_unit(path: Path, kind: str, unit: int, column: str) -> set[str]:
     """The distinct characters of one unit; runs in a worker."""
     characters: set[str] = set()
-    for document in read_unit(path, kind, unit):
+    for document in read_unit(path, kind, unit, column):
         characters.update(document.text)
     return characters

@@ -53,6 +53,8 @@ class _Source:
     revision: str | None = None
     files: tuple[_SourceFile, ...] = ()
     validation: Count = 0
+    column: str = "text"
+    split_on: str = ""
 
 
 @dataclass(frozen=True)

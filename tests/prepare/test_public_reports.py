@@ -22,14 +22,16 @@ pq = pytest.importorskip("pyarrow.parquet")
 LINES = b'{"text": "a"}\n{"text": "b"}\n'
 
 
-def read(tmp_path: Path, *patterns: str, out: Path | None = None) -> list[str]:
+def read(
+    tmp_path: Path, *patterns: str, out: Path | None = None, column: str = "text", split_on: str = ""
+) -> list[str]:
     """The documents of a source, in order, fetched as a tokenization fetches them."""
-    source = local_source(patterns, out)
+    source = local_source(patterns, out, column).split(split_on)
     found = []
     with Fetcher(source, tmp_path / "scratch", keep=False) as fetcher:
         for number, file in enumerate(source.files):
             path, contents = fetcher.get(number)
-            found += [d.text for unit in range(contents.units) for d in read_unit(path, file.kind, unit)]
+            found += [d.text for unit in range(contents.units) for d in read_unit(path, file.kind, unit, column)]
             fetcher.release(number)
     assert not (tmp_path / "scratch").exists()
     return found
@@ -51,6 +53,8 @@ def read(tmp_path: Path, *patterns: str, out: Path | None = None) -> list[str]:
         ("x.txt", b"\xfe\xff" + "Ünï".encode("utf-16-be"), ["Ünï"]),
         ("x.jsonl", LINES.decode().encode("utf-16"), ["a", "b"]),
         ("x.jsonl", b'{"text": "c\\ud800"}', ["c\ufffd"]),
+        ("x.text", b"plain", ["plain"]),
+        ("x.json", b'{\n "title": "t",\n "text": "one object over lines"\n}\n', ["one object over lines"]),
     ],
 )
 def test_a_file_is_read(tmp_path, name, content, texts):
@@ -64,8 +68,11 @@ def test_a_file_is_read(tmp_path, name, content, texts):
         ("x.txt", gzip.compress(b"text"), r"x\.txt is not text in UTF-8"),
         ("x.txt", bytes(range(256)) * 9, r"x\.txt is not text in UTF-8"),
         ("x.jsonl", "Ünï".encode("utf-16-le") * 9, r"x\.jsonl is not text in UTF-8"),
-        ("x.json", b'[{"text": "a"}', r"begins as a JSON array and is none"),
+        ("x.json", b'[{"text": "a"}', r"begins as a JSON array or object and is none"),
         ("x.txt.xz", b"no such thing", r"x\.txt\.xz is damaged"),
+        ("x.jsonl", b'{"content": "a"}\n', r"JSON without 'text', only: content; --text-column chooses another"),
+        ("x.json", b"[1, 2]", r"JSON without 'text', only: int"),
+        ("x.json", b'{\n "name": "a data set' + b" " * 70_000 + b'"}', r"JSON without 'text', only: an object"),
     ],
 )
 def test_a_file_is_refused_in_one_line(tmp_path, name, content, message):
@@ -83,6 +90,38 @@ def test_a_column_is_read(tmp_path, kind):
     assert read(tmp_path, str(tmp_path)) == [t or "" for t in texts]
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.json"])
+def test_texts_of_another_column(tmp_path, name):
+    records = [{"text": "not this", "content": text} for text in ("a", "é")]
+    if name == "x.parquet":
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / name)
+    else:
+        lines = [json.dumps(record) for record in records]
+        (tmp_path / name).write_text("\n".join(lines) if name == "x.jsonl" else f"[{','.join(lines)}]")
+    assert read(tmp_path, str(tmp_path / name), column="content") == ["a", "é"]
+    with pytest.raises(UserError, match=r"'body', only.* text, content; --text-column chooses") as error:
+        read(tmp_path, str(tmp_path / name), column="body")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b"a\n<|endoftext|>\nb\nc\n<|endoftext|>\n", ["a", "b\nc"]),
+        (b"<|endoftext|>a<|endoftext|><|endoftext|>\r\nb", ["", "a", "", "b"]),
+        ("é\n<|endoftext|>\nü".encode("utf-16"), ["é", "ü"]),
+        (b"no divider", ["no divider"]),
+        (b"a" * ((1 << 20) - 5) + b"<|endoftext|>b" + b"c" * (3 << 20), ["a" * ((1 << 20) - 5), "b" + "c" * (3 << 20)]),
+    ],
+    ids=["lines", "empty", "utf16", "none", "over_blocks"],
+)
+def test_plain_text_is_divided(tmp_path, content, texts):
+    (tmp_path / "x.txt").write_bytes(content)
+    (tmp_path / "y.jsonl").write_bytes(LINES)
+    assert read(tmp_path, str(tmp_path / "x.txt"), split_on="<|endoftext|>") == texts
+    assert read(tmp_path, str(tmp_path), split_on="<|endoftext|>") == [*texts, "a", "b"]
+
+
 def test_two_columns_of_texts_are_refused(tmp_path):
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "x.parquet")
@@ -96,6 +135,7 @@ def test_what_is_found_and_not_read_is_named(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
     for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a.jsonl", "out/b.jsonl", "notes.md", "dataset_infos.json"):
         (data / name).write_bytes(LINES)
+    (data / "package.json").write_text('{\n  "name": "x"\n}\n')
     (elsewhere / "c.jsonl").write_bytes(b'{"text": "c"}')
     (data / "link").symlink_to(elsewhere)
     (data / "loop").symlink_to(data)
@@ -107,6 +147,7 @@ def test_what_is_found_and_not_read_is_named(tmp_path, monkeypatch):
     assert reasons["._a.jsonl"] == reasons[".ipynb_checkpoints"] == "hidden"
     assert reasons["out"] == "the directory of the shards"
     assert reasons["dataset_infos.json"] == "metadata, not text"
+    assert reasons["package.json"].startswith("JSON without 'text', only: name")
     assert reasons["notes.md"].startswith("not .parquet")
     assert reasons["loop"] == "a link to a folder read already"
     assert reasons["same.jsonl"].endswith("read already")
