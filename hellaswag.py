@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
         "(gpt2 … gpt2-xl); give -m several times for one table",
     )
     parser.add_argument("-d", "--device", default="auto", help="auto, cuda, mps or cpu [auto]")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="HellaSwag .jsonl [the published split, downloaded]")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="HellaSwag .jsonl or .parquet [the published split]")
     parser.add_argument("--split", choices=("val", "train"), default="val", help="published split [val]")
     parser.add_argument("--convention", choices=(*CONVENTIONS, "both"), default="both", help="[both]")
     parser.add_argument("--limit", type=int, metavar="N", help="N examples, evenly spaced over the file [all]")

@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
+from gpt2.prepare.sources import Source, SourceFile
 
 _DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
 _SHARD_NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb"}  # as build-nanogpt and llm.c call them
@@ -135,21 +136,24 @@ def tokenize(args: argparse.Namespace) -> int:
             raise UserError("--source needs --out DIR, the directory for the shards")
         if not re.fullmatch(r"[\w.-]+", args.name or "corpus"):
             raise UserError(f"--name {args.name}: it begins the shards' names; use letters, digits, '.', '_' and '-'")
-        addresses, name, out = args.source, args.name or "corpus", args.out
+        addresses, out = args.source, args.out
     else:
         addresses = [f"hf://datasets/{_DATASETS[args.dataset]}/sample/{args.size}T/*.parquet"]
-        name = _SHARD_NAMES[args.dataset]
         out = args.out or Path(__file__).parent / f"{args.dataset.replace('-', '_')}_{args.size}"
     which = Part(*args.part) if args.part else None
     path = manifest_path(out, which)
-    recorded = load_manifest(path).source if path.exists() else None
+    earlier = load_manifest(path) if path.exists() else None
+    recorded = earlier.source if earlier else None
     source = find_source(addresses, recorded, out, args.revision, args.text_column, args.split_on)
-    print(f"{source.description}: {len(source.files)} files, {sum(f.size for f in source.files) / 1e9:.3g} GB → {out}")
+    if not args.split_on and any(map(_has_dividers, source.files)):
+        say("<|endoftext|> is spelt out in the text; --split-on '<|endoftext|>' makes documents of what it divides")
+    name = args.name or (earlier.name if earlier else name_of(source))
+    say(f"{source.description}: {len(source.files)} files, {sum(f.size for f in source.files) / 1e9:.3g} GB → {out}")
     if source.validation:
         names = [file.name for file in source.files[: source.validation]]
-        print(f"validation is the split of that name: {_listed(names)}")
+        say(f"validation is the split of that name: {_listed(names)}")
     for reason, names in groupby(sorted(source.unread, key=lambda item: item[::-1]), key=lambda item: item[1]):
-        print(f"not read, {reason}: {_listed([name for name, _ in names])}")
+        say(f"not read, {reason}: {_listed([name for name, _ in names])}")
     job = Job(
         directory=out,
         name=name,
@@ -168,8 +172,39 @@ def tokenize(args: argparse.Namespace) -> int:
     if args.plot:
         from gpt2.prepare.length_plot import plot_lengths
 
-        print(f"drew {plot_lengths(manifest, out / 'document_lengths.png')}")
+        say(f"drew {plot_lengths(manifest, out / 'document_lengths.png')}")
     return 0
+
+
+def name_of(source: Source) -> str:
+    """What shards of FineWeb are called, from the Hub, a mirror or parquet files on this machine; "corpus" for others.
+
+    Files are FineWeb's where the path to each of them says so, and their columns and Common Crawl's dumps agree.
+    """
+    from gpt2.metrics.reference import corpus_of
+
+    places = [f"{file.path} {file.path.resolve()}" if file.path else source.description for file in source.files]
+    corpora = {corpus_of(place) for place in places}
+    corpus = corpora.pop() if len(corpora) == 1 else None
+    if corpus is not None and (first := source.files[0].path) is not None:
+        import pyarrow.parquet
+
+        if any(file.kind != "parquet" for file in source.files):
+            return "corpus"
+        file = pyarrow.parquet.ParquetFile(first)
+        if "dump" not in file.schema_arrow.names or ("int_score" in file.schema_arrow.names) != (corpus != "fineweb"):
+            return "corpus"
+        dumps = next(file.iter_batches(100, columns=["dump"]), None)
+        if dumps is None or not all(str(dump).startswith("CC-MAIN-") for dump in dumps.column(0).to_pylist()):
+            return "corpus"
+    return _SHARD_NAMES.get(corpus or "", "corpus")
+
+
+def _has_dividers(file: SourceFile) -> bool:
+    if file.path is None or file.kind != "text" or file.compression:
+        return False
+    with open(file.path, "rb") as opened:
+        return b"<|endoftext|>\n" in opened.read(1 << 16)
 
 
 def _listed(names: Sequence[str]) -> str:

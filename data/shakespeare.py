@@ -2,11 +2,13 @@
 
 python data/shakespeare.py                     # GPT-2's BPE, into data/shakespeare
 python data/shakespeare.py --tokenizer char    # its 65 characters, into data/shakespeare_char
+python data/shakespeare.py --source mine.txt   # another text in its place, cut at a line's end
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ _TIMEOUT = 20.0  # seconds without an answer
 def make_parser() -> ArgumentParser:
     """Options of this script."""
     parser = ArgumentParser(description="TinyShakespeare as token shards; a finished data set is reused.")
-    parser.add_argument("--source", type=Path, metavar="FILE", help="a copy of the file, instead of a download")
+    parser.add_argument("--source", type=Path, metavar="FILE", help="a copy of the file, or another text, instead")
     parser.add_argument("--out", type=Path, metavar="DIR", help="[data/shakespeare, or data/shakespeare_char]")
     parser.add_argument("--tokenizer", choices=("gpt2", "char"), default="gpt2", help="GPT-2's BPE, or characters")
     parser.add_argument("--format", choices=("npy", "bin"), default="npy", help="NumPy's format, or llm.c's")
@@ -44,36 +46,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     default = "shakespeare_char" if args.tokenizer == "char" else "shakespeare"
     out = args.out or Path(__file__).parent / default
-    source = {"description": URL, "revision": None, "files": [{"name": "input.txt", "id": f"sha256:{SHA256}"}]}
+    text = read_text(args.source) if args.source else None
+    own = text is not None and (digest := hashlib.sha256(text.encode()).hexdigest()) != SHA256
+    if own:
+        name = re.sub(r"[^\w.-]", "_", args.source.name.split(".")[0]) or "text"
+        source = {"description": f"{args.source.name}, {digest[:16]}", "revision": None, "files": []}
+        print(f"{args.source} is not TinyShakespeare; it is tokenized in its place")
+    else:
+        name = "shakespeare"
+        source = {"description": URL, "revision": None, "files": [{"name": "input.txt", "id": f"sha256:{SHA256}"}]}
     found = reusable(out, source, args.tokenizer, f".{args.format}")
     if found is not None:
         print(f"{out} is complete and verified: {totals(found)}")
         return 0
-    text = read_text(args.source)
+    text = read_text(None) if text is None else text
+    if len(text) < 20:
+        raise UserError(f"{args.source} holds {len(text)} characters, too few for two splits; give more text")
     tokenizer: Tokenizer = CharTokenizer("".join(sorted(set(text)))) if args.tokenizer == "char" else gpt2_tokenizer()
     border = len(text) * 9 // 10
+    if own:  # a line's end near it, where there is one
+        border = text.find("\n", border, len(text) * 19 // 20) + 1 or border
     eot = [] if tokenizer.eot_token is None else [tokenizer.eot_token]
     train, val = (np.array(eot + tokenizer.encode(part)) for part in (text[:border], text[border:]))
-    dataset = write_dataset(out, train, val, tokenizer, name="shakespeare", source=source, suffix=f".{args.format}")
+    dataset = write_dataset(out, train, val, tokenizer, name=name, source=source, suffix=f".{args.format}")
     assert dataset.manifest is not None
     print(f"{out}: {totals(dataset.manifest)}")
     return 0
 
 
 def read_text(path: Path | None) -> str:
-    """TinyShakespeare from `path`, or downloaded where that is None. UserError where it is anything else."""
-    if path is None:
-        data, origin = download(URL), URL
-    else:
+    """The text at `path`, or TinyShakespeare downloaded where that is None. UserError where it is no text."""
+    if path is not None:
+        from gpt2.prepare.sources import refuse_binary
+
         try:
-            data, origin = read_plain(path), str(path)
+            data = read_plain(path)
+            refuse_binary(path)
+            return data.decode("utf-8-sig", "replace")
         except OSError as error:
             raise UserError(f"cannot read --source {path}: {error.strerror}") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != SHA256:
+    data = download(URL)
+    if hashlib.sha256(data).hexdigest() != SHA256:
         raise UserError(
-            f"{origin} is not TinyShakespeare: {len(data):,} bytes with SHA-256 {found[:12]}…, not 1,115,394 with "
-            f"{SHA256[:12]}…; for other text use data/fineweb.py --source"
+            f"{URL} answered with {len(data):,} bytes that are not TinyShakespeare (their SHA-256 is not "
+            f"{SHA256[:12]}…); get the file another way and give it with --source FILE"
         )
     return data.decode("ascii")
 

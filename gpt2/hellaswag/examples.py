@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from gpt2.errors import UserError
+from gpt2.errors import UserError, first_line
 from gpt2.files import check, parse_json, read_plain
 
 ENDINGS = 4
@@ -23,7 +23,9 @@ ENDINGS = 4
 
 def _label(value: Any) -> Any:
     """GitHub's files have integers, the Hub's strings, pandas' floats; the test split "", and other copies of it -1."""
-    return None if value in ("", -1, "-1") else repr(value) if isinstance(value, bool) else value
+    if value in ("", -1, "-1") or value != value:
+        return None
+    return repr(value) if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,20 @@ class Example:
     label: Annotated[Annotated[int, Field(ge=0, lt=ENDINGS)] | None, BeforeValidator(_label)]
 
 
-def parse_jsonl(path: Path) -> tuple[Example, ...]:
-    """Read JSON lines.
+def parse_file(path: Path) -> tuple[Example, ...]:
+    """Read JSON lines, or parquet as the Hub has it.
 
     Raises:
-        UserError: the file cannot be read, is empty, or a line is malformed.
+        UserError: the file cannot be read, is empty, or an example is malformed.
     """
     try:
         content = read_plain(path).removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; give a HellaSwag .jsonl file") from None
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; give a HellaSwag .jsonl or .parquet file"
+        ) from None
+    if content.startswith(b"PAR1"):
+        return _parse_parquet(path, content)
     examples = []
     for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
@@ -67,6 +73,21 @@ def parse_jsonl(path: Path) -> tuple[Example, ...]:
     if not examples:
         raise UserError(f"{path} holds no HellaSwag example; each line must be one, as JSON")
     return tuple(examples)
+
+
+def _parse_parquet(path: Path, content: bytes) -> tuple[Example, ...]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"reading {path} needs the package pyarrow: pip install pyarrow") from None
+    try:
+        rows = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as parquet ({first_line(error)})") from None
+    if not rows:
+        raise UserError(f"{path} holds no HellaSwag example")
+    return tuple(parse_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1))
 
 
 def parse_example(raw: Any, where: str) -> Example:

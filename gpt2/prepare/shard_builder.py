@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from gpt2.errors import UserError
 from gpt2.tokens.manifest import Manifest, ShardEntry, SourcePosition, length_bin, save_manifest
 from gpt2.tokens.shard_file import ShardWriter
-from gpt2.tokens.tokenizer import Tokenizer, tokenizer_from_dict
+from gpt2.tokens.tokenizer import line_ends, tokenizer_from_dict
 
 
 class UnitTokens(NamedTuple):
@@ -199,7 +198,7 @@ class ShardBuilder:
 
     def _line_cut(self, unit: UnitTokens, at: int, least: int, most: int) -> int | None:
         """The first place from `least` on where a line or document ends, or from `most` on a character; None: later."""
-        ends_line, in_character = _line_ends(tokenizer_from_dict(self.manifest.tokenizer))
+        ends_line, in_character = line_ends(tokenizer_from_dict(self.manifest.tokenizer))
         ends = np.append(False, ends_line[unit.tokens])  # at place p, the token before it ends a line
         ends[unit.starts] = True
         after_character = np.append(~in_character[unit.tokens], False)
@@ -306,13 +305,6 @@ class ShardBuilder:
 
     def _seconds(self) -> float:
         return self.clock() if self.clock is not None else self.manifest.seconds
-
-
-@functools.lru_cache(1)
-def _line_ends(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Of each id, whether its text ends a line, and whether it begins within a character."""
-    pieces = [tokenizer.decode_bytes([token]) for token in range(tokenizer.n_vocab)]
-    return np.array([p.endswith(b"\n") for p in pieces]), np.array([0x80 <= p[0] < 0xC0 for p in pieces])
 
 
 def _text_bytes(unit: UnitTokens, at: int, upto: int, first: int, last: int) -> int:

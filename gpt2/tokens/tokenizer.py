@@ -268,6 +268,13 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     return lengths
 
 
+@functools.lru_cache(1)
+def line_ends(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Of each id, whether its text ends a line, and whether it begins within a character; both (n_vocab,)."""
+    pieces = [tokenizer.decode_bytes([token]) for token in range(tokenizer.n_vocab)]
+    return np.array([p.endswith(b"\n") for p in pieces]), np.array([0x80 <= p[0] < 0xC0 for p in pieces])
+
+
 def _chars_sha256(chars: str) -> str:
     return hashlib.sha256(chars.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -27,6 +27,7 @@ from gpt2.generation.prompt import prompt_tokens
 from gpt2.hardware import device_name, environment
 from gpt2.metrics.history import METRICS_FILE, read_metrics
 from gpt2.metrics.recorder import Metrics, NoMetrics
+from gpt2.metrics.reference import corpus_of
 from gpt2.model.compile import cannot_compile
 from gpt2.model.gpt import GPT
 from gpt2.precision import make_deterministic, resolve_dtype, set_matmul_precision
@@ -72,6 +73,7 @@ def set_up(config: Config, world: World) -> Run:
         keep_freed_memory()
 
     dataset, tokenizer = open_data(config, world)
+    config = with_datas_vocabulary(config, dataset, say)
     origin = world.on_main(lambda: find_origin(config))  # downloads, if anything has to be
     config = replace(
         config,
@@ -304,6 +306,24 @@ def build_model(
     return model, parallelize(model, config.run, world, dtype, plan.grad_accum_steps)
 
 
+def name_of_data(dataset: Dataset) -> str:
+    """The name that tells which baselines hold: the data set's own, or its source where that alone is known."""
+    if dataset.manifest is None:
+        return dataset.directory.name
+    name, source = dataset.manifest.name, str(dataset.manifest.source.get("description", ""))
+    return source if corpus_of(name) is None and corpus_of(source) is not None else name
+
+
+def with_datas_vocabulary(config: Config, dataset: Dataset, say: Callable[[str], None]) -> Config:
+    """The settings with the data set's vocabulary in a preset's place; one that was asked for stays, as do weights."""
+    size = dataset.vocab_size
+    ours = {preset.model.vocab_size for _, preset in presets().values()}
+    if size in (None, config.model.vocab_size) or config.run.init_from or config.model.vocab_size not in ours:
+        return config
+    say(f"vocabulary {size:,} ids, as in {dataset.directory}")
+    return replace(config, model=replace(config.model, vocab_size=size))
+
+
 def open_outputs(
     config: Config,
     world: World,
@@ -325,7 +345,7 @@ def open_outputs(
         start_step=step,
         start_tokens=sequences_read * config.model.block_size,
         position=metrics_position,
-        dataset=dataset.manifest.name if dataset.manifest else config.data.data.name,
+        dataset=name_of_data(dataset),
     )
     writer = CheckpointWriter(
         run.run_dir / "checkpoints",

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from repository import ROOT
+from repository import ROOT, load_script
 
+from gpt2.prepare.sources import local_source
 from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.manifest import MANIFEST_NAME, load_manifest
 from gpt2.tokens.tokenizer import gpt2_tokenizer
@@ -277,7 +278,7 @@ def test_help_is_quick_and_complete():
     assert code == 0
     for flag in ("dataset", "size", "source", "out", "shard-tokens", "val-tokens", "max-tokens", "workers", "format"):
         assert f"--{flag}" in printed
-    for flag in ("tokenizer", "part", "plot", "keep-downloads", "revision"):
+    for flag in ("tokenizer", "part", "plot", "keep-downloads", "revision", "text-column", "split-on"):
         assert f"--{flag}" in printed
     assert "verify DIR" in printed
 
@@ -306,3 +307,20 @@ def test_full_disk(tmp_path):
         assert len(open_dataset(out).train) + len(open_dataset(out).val) == len(stream(texts))
     finally:
         subprocess.run(["umount", str(out)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("folder", "columns", "name"),
+    [
+        ("fineweb-edu/sample/10BT", {"dump": "CC-MAIN-2013-20", "int_score": 3}, "edufineweb"),
+        ("datasets--HuggingFaceFW--fineweb/snapshots/0", {"dump": "CC-MAIN-2013-20"}, "fineweb"),
+        ("fineweb", {"dump": "CC-MAIN-2013-20", "int_score": 3}, "corpus"),  # Edu, by its columns
+        ("fineweb", {"dump": "my own"}, "corpus"),
+        ("fineweb", {}, "corpus"),
+        ("mine", {"dump": "CC-MAIN-2013-20"}, "corpus"),
+    ],
+)
+def test_what_is_on_this_machine_is_known_by_path_and_content(tmp_path, folder, columns, name):
+    (tmp_path / folder).mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([{"text": "a", **columns}]), tmp_path / folder / "0.parquet")
+    assert load_script("data/fineweb.py").name_of(local_source([str(tmp_path / folder)])) == name

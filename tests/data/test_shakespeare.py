@@ -71,7 +71,7 @@ def test_download_is_checked_and_retried(tmp_path, small, monkeypatch):
         monkeypatch.setattr(small, "URL", f"http://127.0.0.1:{server.server_address[1]}/input.txt")
         assert small.main(["--out", str(tmp_path / "out")]) == 0
         answers[:] = [(200, b"<html>not found</html>")]
-        with pytest.raises(UserError, match="is not TinyShakespeare"):
+        with pytest.raises(UserError, match="are not TinyShakespeare"):
             small.main(["--out", str(tmp_path / "other")])
         server.shutdown()
     with pytest.raises(UserError, match="--source FILE"):
@@ -81,9 +81,10 @@ def test_download_is_checked_and_retried(tmp_path, small, monkeypatch):
 
 
 def test_wrong_source_and_directory(tmp_path, small):
-    (tmp_path / "wrong.txt").write_text("not it")
-    with pytest.raises(UserError, match="is not TinyShakespeare"):
-        small.main(["--source", str(tmp_path / "wrong.txt"), "--out", str(tmp_path / "out")])
+    for data, message in ((b"short", "too few for two splits"), (bytes(range(256)), "is not text in UTF-8")):
+        (tmp_path / "wrong.txt").write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            small.main(["--source", str(tmp_path / "wrong.txt"), "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="cannot read --source"):
         small.main(["--source", str(tmp_path / "nowhere.txt"), "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="it is not a plain file"):
@@ -100,3 +101,24 @@ def test_wrong_source_and_directory(tmp_path, small):
     shard.write_bytes(data)
     with pytest.raises(UserError, match=r"checksum differs.*make it again"):
         small.main([*command, "--tokenizer", "char", "--format", "bin"])
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
+def test_another_text_is_tokenized_in_its_place(tmp_path, shakespeare, tokenizer, capsys):
+    path = tmp_path / "my own.txt"
+    path.write_text("\ufeff" + "".join(f"Ünique line {n}\n" for n in range(100)), encoding="utf-8")
+    command = ["--source", str(path), "--out", str(tmp_path / "out"), "--tokenizer", tokenizer]
+    assert shakespeare.main(command) == 0
+    assert "my own.txt is not TinyShakespeare; it is tokenized in its place" in capsys.readouterr().out
+    dataset = open_dataset(tmp_path / "out")
+    train, val = (dataset.tokenizer().decode(s.read(0, len(s)).tolist()) for s in (dataset.train, dataset.val))
+    train, val = train.replace("<|endoftext|>", ""), val.replace("<|endoftext|>", "")
+    assert "\ufeff" + train + val == path.read_text(encoding="utf-8")
+    assert train.endswith("\n")
+    assert 0.08 < len(val) / len(train + val) <= 0.1
+    assert dataset.manifest.name == "my_own"
+    assert shakespeare.main(command) == 0
+    assert "complete and verified" in capsys.readouterr().out
+    path.write_text("another text, of the same name and as many lines\n" * 20)
+    with pytest.raises(UserError, match="holds another data set"):
+        shakespeare.main(command)

@@ -11,7 +11,7 @@ import pytest
 from hellaswag_examples import make_examples
 
 from gpt2.errors import UserError
-from gpt2.hellaswag.examples import content_lines, content_sha256, parse_example, parse_jsonl, spread
+from gpt2.hellaswag.examples import content_lines, content_sha256, parse_example, parse_file, spread
 
 RAW: dict[str, Any] = {
     "ind": 24,
@@ -63,7 +63,7 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str, message: str) -> N
     path = tmp_path / "examples.jsonl"
     path.write_text(json.dumps(RAW) + "\n\n" + line + "\n")  # an empty line is no example
     with pytest.raises(UserError) as error:
-        parse_jsonl(path)
+        parse_file(path)
     assert f"{path}, {message}" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -72,21 +72,21 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str, message: str) -> N
 def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jsonl")
     for path in (tmp_path / "fifo.jsonl", tmp_path, Path("/dev/zero")):
-        with pytest.raises(UserError, match=rf"^cannot read {path}: .*; give a HellaSwag \.jsonl file$"):
-            parse_jsonl(path)
+        with pytest.raises(UserError, match=rf"^cannot read {path}: .*; give a HellaSwag \.jsonl or \.parquet file$"):
+            parse_file(path)
 
 
 def test_the_hash_is_of_content_not_of_spelling(tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
     path.write_bytes(b"".join(content_lines(make_examples(5))))
-    assert parse_jsonl(path) == make_examples(5)
+    assert parse_file(path) == make_examples(5)
     hub = "".join(
         json.dumps({**json.loads(line), "label": str(json.loads(line)["label"]), "source_id": "x"}, ensure_ascii=False)
         + "\n"
         for line in content_lines(make_examples(5))
     )
     path.write_text(hub, encoding="utf-8")
-    assert content_sha256(parse_jsonl(path)) == content_sha256(make_examples(5))
+    assert content_sha256(parse_file(path)) == content_sha256(make_examples(5))
     assert content_sha256(make_examples(5)[::-1]) != content_sha256(make_examples(5))
 
 
@@ -107,4 +107,25 @@ def test_other_spellings_of_labels_and_ids(tmp_path, label, expected):
     rest += f', "label": {label}'
     path = tmp_path / "x.jsonl"
     path.write_text(f'\ufeff{{"ind": "24", {rest}}}\n{{{rest}}}\n', encoding="utf-8")
-    assert [(e.ind, e.label) for e in parse_jsonl(path)] == [(24, expected), (-1, expected)]
+    assert [(e.ind, e.label) for e in parse_file(path)] == [(24, expected), (-1, expected)]
+
+
+def test_parquet_as_the_hub_has_it(tmp_path):
+    """An integer id, a label that is a string, and columns of which nothing is known here."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = [json.loads(line) for line in content_lines(make_examples(5))]
+    table = pyarrow.Table.from_pylist([{**row, "label": str(row["label"]), "source_id": "x"} for row in rows])
+    path = tmp_path / "val.parquet"
+    parquet.write_table(table, path)
+    assert parse_file(path) == make_examples(5)
+    parquet.write_table(table.set_column(0, "ind", pyarrow.array([1.5] * 5)), path)
+    with pytest.raises(UserError, match=r"val\.parquet, row 1: field 'ind' is 1\.5"):
+        parse_file(path)
+    parquet.write_table(table.slice(0, 0), path)
+    with pytest.raises(UserError, match="holds no HellaSwag example"):
+        parse_file(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read as parquet") as error:
+        parse_file(path)
+    assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt2.hellaswag.rows
-from gpt2.hellaswag.examples import Example, parse_jsonl
+from gpt2.hellaswag.examples import Example, parse_file
 from gpt2.hellaswag.rows import make_batches, make_rows, pack, preprocess, render, tokenize
 from gpt2.tokens.tokenizer import gpt2_tokenizer
 
@@ -196,7 +196,7 @@ def test_plan_gives_each_row_once_within_the_budget(lengths: list[int], processe
 
 @needs_real
 def test_real_rows_are_the_arithmetic_the_module_promises() -> None:
-    made = make_rows(parse_jsonl(REAL), gpt2_tokenizer(), "completion", 1024)
+    made = make_rows(parse_file(REAL), gpt2_tokenizer(), "completion", 1024)
     lengths = np.array([row.length for row in made.rows])
     assert len(made.rows) == 10_042
     assert lengths.sum() == 1_740_093

@@ -147,10 +147,11 @@ def test_document_longer_than_shards_and_limit(tmp_path):
     (source / "b.txt").write_text("word " * 3000)
     (source / "c.txt").write_text("last")
     manifest = prepare(job(tmp_path / "out", source), lambda line: None)
-    assert manifest.statistics()["documents"] == 3
+    assert manifest.statistics()["documents"] == 4  # one is in both splits
     whole = stream(["first", "word " * 3000, "last"])
     dataset = open_dataset(tmp_path / "out")
-    assert dataset.train.read(0, len(dataset.train)).tolist() == whole[2:]
+    assert dataset.val.read(0, len(dataset.val)).tolist() == whole[:300]  # twice 5 %, for no line ends
+    assert dataset.train.read(0, len(dataset.train)).tolist() == [EOT, *whole[300:]]
     limited = prepare(job(tmp_path / "limited", source, max_tokens=1000, val_tokens=1), lambda line: None)
     assert limited.statistics()["tokens"] == 1000
     assert open_dataset(tmp_path / "limited").train.read(0, 998).tolist() == whole[2:1000]
@@ -294,16 +295,16 @@ def test_worker_that_dies_is_told_and_what_is_finished_stays(tmp_path, monkeypat
     source = write_parquet(tmp_path / "source", documents(9))
     monkeypatch.setattr("gpt2.prepare.workers.tokenize_unit", _die)
     with pytest.raises(UserError, match="a worker process died"):
-        prepare(job(tmp_path / "out", source), lambda line: None)
+        prepare(job(tmp_path / "out", source, val_tokens=10), lambda line: None)
     monkeypatch.undo()
     assert load_manifest(tmp_path / "out" / MANIFEST_NAME).complete is False
-    assert prepare(job(tmp_path / "out", source), lambda line: None).complete
+    assert prepare(job(tmp_path / "out", source, val_tokens=10), lambda line: None).complete
 
 
 def test_source_that_vanishes_is_told(tmp_path, monkeypatch):
     source = write_parquet(tmp_path / "source", documents(9))
     made = job(tmp_path / "out", source, val_tokens=10)
-    monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind: path.unlink() or Contents(1))
+    monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind, column: path.unlink() or Contents(1))
     with pytest.raises(UserError, match=r"00\d\.parquet.*replace the file"):
         prepare(made, lambda line: None)
 
@@ -343,12 +344,12 @@ def test_threads_open_files_of_their_own(tmp_path):
 
 def test_rows_read_are_held_against_the_files_own_count(tmp_path, monkeypatch):
     source = write_parquet(tmp_path / "source", documents(9))
-    monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind: Contents(1, (4,)))
+    monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind, column: Contents(1, (4,)))
     with pytest.raises(UserError, match=r"row group 0 holds 4 rows by the file's index, and 3 were read"):
         prepare(job(tmp_path / "out", source, val_tokens=10), lambda line: None)
 
 
-def _die(path, kind, unit):
+def _die(path, kind, unit, column):
     os._exit(9)  # as the kernel does to who takes too much memory
 
 

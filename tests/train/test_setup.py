@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from small_runs import environment
 
 from gpt2.config import RunConfig
 from gpt2.errors import UserError
+from gpt2.metrics.reference import corpus_of
+from gpt2.prepare.small_dataset import write_dataset
+from gpt2.presets import presets
+from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.tokenizer import CharTokenizer, gpt2_tokenizer
-from gpt2.train.setup import lock_run, with_possible_prompt
+from gpt2.train.setup import lock_run, name_of_data, with_datas_vocabulary, with_possible_prompt
 
 HOLD = "import sys, time; from pathlib import Path; from gpt2.train.setup import lock_run\n"
 HOLD += "file = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
@@ -55,3 +60,31 @@ def test_a_presets_prompt_that_the_vocabulary_lacks_gives_way_and_one_asked_for_
     ):
         assert with_possible_prompt(run, tokenizer, said.append) is run
     assert len(said) == 2
+
+
+def test_the_vocabulary_follows_the_data_unless_another_was_asked_for(char_data: Path) -> None:
+    said: list[str] = []
+    dataset, presets_config = open_dataset(char_data), presets()["shakespeare-char"][1]
+    assert with_datas_vocabulary(presets_config, dataset, said.append).model.vocab_size == 59
+    assert said == [f"vocabulary 59 ids, as in {char_data}"]
+    for part, changes in (("model", {"vocab_size": 60}), ("run", {"init_from": "gpt2"}), ("model", {"vocab_size": 59})):
+        asked = replace(presets_config, **{part: replace(getattr(presets_config, part), **changes)})
+        assert with_datas_vocabulary(asked, dataset, said.append) is asked
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "description", "corpus"),
+    [
+        ("corpus", "hf://datasets/HuggingFaceFW/fineweb-edu@v1.0.0/sample/10BT/*", "fineweb-edu"),
+        ("corpus", "hf://datasets/someone/fineweb-mirror/*", "fineweb"),
+        ("fineweb-edu", "local files", "fineweb-edu"),
+        ("corpus", "local files", None),
+        ("edufineweb", "hf://datasets/o/n/*", "fineweb-edu"),
+    ],
+)
+def test_baselines_follow_the_recorded_source(tmp_path: Path, name: str, description: str, corpus: str | None) -> None:
+    tokens = list(range(50))
+    source = {"description": description, "revision": None}
+    dataset = write_dataset(tmp_path, tokens, tokens, gpt2_tokenizer(), name=name, source=source)
+    assert corpus_of(name_of_data(dataset)) == corpus
