@@ -407,7 +407,7 @@ class Config:
         """The configuration as JSON holds it."""
         return {
             part.name: {
-                key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+                key: value.as_posix() if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
                 for key, value in dataclasses.asdict(getattr(self, part.name)).items()
             }
             for part in dataclasses.fields(self)

@@ -73,7 +73,7 @@ class OutlivingStream:
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115 -- as long as the process
+        self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- as long as the process
 
     def write(self, text: str) -> int:
         """Write, or drop."""
@@ -89,7 +89,7 @@ class OutlivingStream:
         except (OSError, ValueError):
             with suppress(OSError, ValueError):  # what it still holds has somewhere to go when Python ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            self._stream = open(os.devnull, "w")  # noqa: SIM115
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
             return None
 
     def __getattr__(self, name: str) -> Any:

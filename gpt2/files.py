@@ -37,6 +37,9 @@ MAX_JSON_BYTES = 1 << 28
 _MAX_DEPTH = 32  # of brackets in brackets; our deepest file has 5
 _MAX_DIGITS = 40  # of a whole number; more count as infinite
 
+READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+"""With which a file is opened to be read as it is, by `os.open`: a FIFO in its place is not waited for."""
+
 TEMPORARY = ".tmp"
 """Ending of a temporary file's name, which begins with a dot."""
 
@@ -141,8 +144,7 @@ def open_plain(path: Path) -> BinaryIO:
     Raises:
         OSError: there is no such file, or it is a FIFO, a device, a directory.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    return os.fdopen(_plain(os.open(path, flags), path), "rb")
+    return os.fdopen(_plain(os.open(path, READING), path), "rb")
 
 
 def open_own(path: Path) -> FileIO:
@@ -324,9 +326,9 @@ def lock(file: IO[Any] | FileIO, *, shared: bool = False) -> bool:
         shared: together with others who share it: readers, who only ask whether somebody writes.
     """
     try:
-        import fcntl  # not on Windows
+        import fcntl
     except ImportError:
-        return True
+        return _lock_on_windows(file)
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -334,6 +336,39 @@ def lock(file: IO[Any] | FileIO, *, shared: bool = False) -> bool:
     except OSError:
         return True
     return True
+
+
+def _lock_on_windows(file: IO[Any] | FileIO) -> bool:
+    """As `lock`; one reader excludes another, for the instant in which it asks."""
+    import msvcrt
+
+    handle = file.fileno()
+    position = os.lseek(handle, 0, os.SEEK_CUR)
+    # What is locked there cannot be read or written by others either: a byte far behind the content is.
+    os.lseek(handle, 2**31 - 2, os.SEEK_SET)
+    try:
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+    except PermissionError:
+        return False
+    finally:
+        os.lseek(handle, position, os.SEEK_SET)
+    return True
+
+
+def read_at(handle: int, view: memoryview, position: int) -> int:
+    """Read from a place in a file into memory; returns how many bytes there were, which may be fewer than fit.
+
+    Args:
+        handle: an open file's descriptor; where it stands does not matter, and may change.
+        view: to fill, of bytes.
+        position: of the first byte to read.
+    """
+    if hasattr(os, "preadv"):  # leaves the descriptor's own position alone, which forked processes share
+        return os.preadv(handle, [view], position)
+    os.lseek(handle, position, os.SEEK_SET)
+    content = os.read(handle, len(view))
+    view[: len(content)] = content
+    return len(content)
 
 
 def hash_file(file: IO[bytes]) -> Any:

@@ -45,6 +45,10 @@ def load(name: str) -> Any:
     try:
         return importlib.import_module(f"bench.{name}")
     except ModuleNotFoundError as error:
+        if error.name == "resource":
+            raise UserError(
+                f"benchmark {name} cannot run on Windows, which does not tell what a process has used"
+            ) from None
         raise UserError(f"benchmark {name} needs the package {error.name}; pip install -e '.[full,test]'") from None
 
 

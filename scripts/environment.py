@@ -72,7 +72,7 @@ def fail(problem):
 def _alone():
     """One process at a time in this block; the others wait."""
     try:
-        file = open(str(ROOT / ".venv.lock"), "a+")  # noqa: SIM115 -- held until the block ends
+        file = open(str(ROOT / ".venv.lock"), "a+", encoding="utf-8")  # noqa: SIM115 -- held until the block ends
     except OSError as error:
         fail(f"cannot write to {ROOT}: {error.strerror}; copy the project to a folder of yours")
     with file:

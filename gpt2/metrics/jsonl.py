@@ -56,7 +56,9 @@ class MetricsFile:
                 self.file.close()
                 raise UserError(f"another process is training into {path.parent}; wait for it, or choose another --run")
             size = self.file.seek(0, os.SEEK_END)
-            self.whole = size == 0 or os.pread(self.file.fileno(), 1, size - 1) == b"\n"
+            if size:
+                self.file.seek(size - 1)  # what is written goes to the end all the same
+                self.whole = self.file.read(1) == b"\n"
 
     @contextmanager
     def _forgive(self) -> Iterator[None]:

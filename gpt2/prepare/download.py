@@ -284,8 +284,12 @@ class Fetcher:
         path = self._scratch / file.name
         if isinstance(cached, str) and self._intact(file, Path(cached)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
+            try:
                 path.symlink_to(Path(cached).absolute())  # `release` removes the link, not the file
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links, or Windows, which reserves them
+                shutil.copyfile(cached, path)
             return path
         if path.exists() and self._intact(file, path):
             return path  # kept from an earlier run

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpt2.errors import UserError
+from gpt2.files import READING, read_at
 from gpt2.tokens.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -106,7 +107,7 @@ class TokenStream:
             with self._lock:  # no other thread may close the descriptor meanwhile
                 handle = self._descriptor(shard)
                 while view:
-                    read = os.preadv(handle, [view], position)
+                    read = read_at(handle, view, position)
                     if read == 0:
                         raise OSError(errno.EIO, "it ends early")
                     view, position = view[read:], position + read
@@ -120,7 +121,7 @@ class TokenStream:
         if handle is None:
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            handle = os.open(self.paths[shard], os.O_RDONLY | os.O_NONBLOCK)
+            handle = os.open(self.paths[shard], READING)
         self._files[shard] = handle
         return handle
 

@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, default=2, help="steps a turn [2]")
 
 
+def _cores() -> list[int]:
+    """Cores this process may use, by number."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return medians, spread and the speed-up.
 
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     config = configuration(args)
     on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    available = torch.cuda.device_count() if on_gpu else len(os.sched_getaffinity(0))
+    available = torch.cuda.device_count() if on_gpu else len(_cores())
     processes = args.processes or (available if on_gpu else 2)
     if processes < 2 or processes > available:
         raise UserError(
@@ -111,8 +116,8 @@ class Side:
         self.world = self.stack.enter_context(joined_world(device))
         if self.world.device.type == "cpu":
             torch.set_num_threads(1)
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {cores[self.world.rank]})
+            if hasattr(os, "sched_setaffinity"):  # Linux
+                os.sched_setaffinity(0, {_cores()[self.world.rank]})
         self.config, self.grad_accum_steps = config, grad_accum_steps
         self.dtype = resolve_dtype(dtype, self.world.device)
         set_matmul_precision(self.dtype)
