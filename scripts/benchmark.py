@@ -27,9 +27,9 @@ from gpt2.hardware import environment
 BENCHMARKS = {
     "train": "a training step: ours, the plain model and transformers, eager and compiled; AdamW, Muon",
     "tokenize": "text to token shards",
-    "hellaswag": "the evaluator",
+    "hellaswag": "the evaluator: ours, build-nanogpt's and lm-eval, eager and compiled",
     "loader": "start-up and tokens per second of the data loader",
-    "generate": "sampling with a key-value cache",
+    "generate": "sampling with a key-value cache: ours and transformers, eager and compiled",
     "ddp": "several processes against one",
 }
 

@@ -94,8 +94,8 @@ else
     # transformers at 64 sequences holds more than 80 GB: fp32 copies of the logits and of GELU's steps.
     bench train 240 train --micro-batch-size 64 --rounds 3 --sides ours plain compiled
     bench train_b16 120 train --micro-batch-size 16 --rounds 3 --sides ours plain transformers
-    sides=(ours kv build-nanogpt)
-    ! "$python" -c 'import lm_eval' 2>/dev/null || sides+=(lm-eval)
+    sides=(ours kv build-nanogpt build-nanogpt-compiled)
+    ! "$python" -c 'import lm_eval' 2>/dev/null || sides+=(lm-eval lm-eval-compiled)
     bench hellaswag 120 hellaswag ${HELLASWAG:+--data "$HELLASWAG"} --sides "${sides[@]}"
     bench generate 90 generate
     bench loader 30 loader

@@ -1,7 +1,8 @@
 """Sampling with a key-value cache beside `transformers.generate`, on the same random weights.
 
-Every round times both sides, one after the other, on the same prompt; a table gives the median tokens per second of
-each, and the median of the rounds' ratios. Loading, copying and laying out the weights is done before.
+Every round times all sides, one after the other, on the same prompt; a table gives the median tokens per second of
+each, and the median of the rounds' ratios. Loading, copying and laying out the weights is done before, and compiling:
+"transformers-compiled" has the cache of fixed size that its documentation compiles with.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from gpt2.model.gpt import GPT
 from gpt2.model.pretrained import save_pretrained
 from gpt2.presets import presets
 
+SIDES = ("ours", "transformers", "transformers-compiled")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -34,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=positive, default=16, help="[16]")
     parser.add_argument("--new-tokens", type=positive, default=32, help="[32]")
     parser.add_argument("--rounds", type=positive, default=5, help="of which one more is not counted [5]")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="beside ours [all]")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [auto]")
 
 
@@ -55,37 +60,46 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = pick_device(args.device)
     model = GPT(config).init_weights(0).eval().to(device)
     results = []
-    print(f"{'':<14}{'ours tok/s':>12}{'transformers':>14}{'ratio':>8}   (lowest to highest of {args.rounds} rounds)")
+    sides = [side for side in SIDES if side == "ours" or side in args.sides]
+    print(f"tokens per second, and ours as a multiple (lowest to highest of {args.rounds} rounds)\n")
     with tempfile.TemporaryDirectory(prefix="bench-generate-") as directory:
         save_pretrained(Path(directory), model.state_dict(), config, None)
         for name in args.dtypes:
-            theirs = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype=DTYPES[name]).eval().to(device)
+            theirs = {
+                side: transformers.GPT2LMHeadModel.from_pretrained(directory, dtype=DTYPES[name]).eval().to(device)
+                for side in sides[1:]
+            }
+            if compiled := theirs.get("transformers-compiled"):
+                compiled.generation_config.cache_implementation = "static"
+                compiled.forward = torch.compile(compiled.forward)
             for rows in args.rows:
                 result = _compare(model, theirs, DTYPES[name], rows, args)
                 results.append({"dtype": name, "rows": rows, **result})
-                ratio = result["ratio"]
-                print(
-                    f"{name}, {rows} row{'s' * (rows > 1):<4}{result['ours']['median']:>12.1f}"
-                    f"{result['transformers']['median']:>14.1f}{ratio['median']:>7.2f}×"
-                    f"   ({ratio['low']:.2f} to {ratio['high']:.2f})"
-                )
+                print(f"{name}, {rows} row{'s' * (rows > 1)}")
+                for side in sides:
+                    ratio = result["speedup"].get(side)
+                    print(
+                        f"  {side:<23}{result[side]['median']:>9.1f}"
+                        + (f"{ratio['median']:>8.2f} ×  ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "")
+                    )
     return {"results": results}
 
 
-def _compare(model: GPT, theirs: Any, dtype: torch.dtype, rows: int, args: argparse.Namespace) -> dict[str, Any]:
+def _compare(
+    model: GPT, theirs: dict[str, Any], dtype: torch.dtype, rows: int, args: argparse.Namespace
+) -> dict[str, Any]:
     device = model.wte.weight.device
     ours = decoding_copy(model, dtype, rows)
     prompt = torch.randint(
         model.config.vocab_size, (rows, args.prompt_tokens), generator=torch.Generator().manual_seed(0)
     )
-    rates: dict[str, list[float]] = {"ours": [], "transformers": []}
 
     def our_side() -> int:
         new = generate(ours, prompt.tolist(), max_new_tokens=args.new_tokens, temperature=0)
         return sum(map(len, new))
 
-    def their_side() -> int:
-        new = theirs.generate(
+    def their_side(side: str) -> int:
+        new = theirs[side].generate(
             prompt.to(device),
             attention_mask=torch.ones_like(prompt, device=device),
             do_sample=False,
@@ -95,13 +109,17 @@ def _compare(model: GPT, theirs: Any, dtype: torch.dtype, rows: int, args: argpa
         )
         return new.numel() - prompt.numel()
 
+    calls: dict[str, Callable[[], int]] = {"ours": our_side, **{side: partial(their_side, side) for side in theirs}}
+    rates: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(args.rounds + 1):
-        for name, side in (("ours", our_side), ("transformers", their_side)):
+        for name, side in calls.items():
             synchronize(device)
             start = time.perf_counter()
             tokens = side()
             synchronize(device)
             if round_number:  # the first one warms up
                 rates[name].append(tokens / (time.perf_counter() - start))
-    ratios = [a / b for a, b in zip(rates["ours"], rates["transformers"], strict=True)]
-    return {**{name: summary(values) for name, values in rates.items()}, "ratio": summary(ratios)}
+    speedup = {
+        side: summary([ours / other for ours, other in zip(rates["ours"], rates[side], strict=True)]) for side in theirs
+    }
+    return {**{name: summary(values) for name, values in rates.items()}, "speedup": speedup}

@@ -8,6 +8,7 @@ on all. Where the sides' scores differ by more than rounding, nothing is reporte
   kv             the same by the other way to share a context: its keys and values, then four rows of endings
   build-nanogpt  as that project evaluates while it trains: an example at a time, four padded rows, the head everywhere
   lm-eval        lm-evaluation-harness's own `hf` model on the same requests
+  ...-compiled   either of the last two with its model compiled, for any length
 
 "limit" is arithmetic: the operations our rows need, at the rate this machine multiplies large matrices.
 """
@@ -42,7 +43,7 @@ from gpt2.model.pretrained import save_pretrained
 from gpt2.presets import presets
 from gpt2.tokens.tokenizer import GPT2Tokenizer, gpt2_tokenizer
 
-SIDES = ("ours", "kv", "build-nanogpt", "lm-eval")
+SIDES = ("ours", "kv", "build-nanogpt", "build-nanogpt-compiled", "lm-eval", "lm-eval-compiled")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-3, "bf16": 3.0}
 """Nats by which the sum over an ending may differ between sides; lm-eval's weights are bf16 too."""
@@ -70,23 +71,28 @@ class Side:
         self.dtype = DTYPES[dtype]
         self.tokenizer = gpt2_tokenizer()
         self.settings = settings
-        if side == "lm-eval":
+        compiled = side.endswith("-compiled")
+        if side.startswith("lm-eval"):
             os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
             from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped, unused-ignore]
 
             name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
             self.harness = HFLM(directory, device=device, dtype=name, batch_size=settings.lm_eval_batch)
+            if compiled:
+                self.harness.model.forward = torch.compile(self.harness.model.forward, dynamic=True)
         else:
             self.model = GPT(config).init_weights(0).to(self.device).eval()
             if side == "ours" and settings.compile:
                 compile_model(self.model)
+            elif compiled:
+                self.model = torch.compile(self.model, dynamic=True)  # type: ignore[assignment]
 
     def score(self, examples: tuple[Example, ...]) -> dict[str, Any]:
         """Sums of log-probabilities (examples, 4), and the seconds and processor seconds they took."""
         score = {"ours": self.ours, "kv": self.kv, "build-nanogpt": self.build_nanogpt, "lm-eval": self.lm_eval}
         start, processor = time.perf_counter(), time.process_time()
         with torch.no_grad():
-            log_probs, counts = score[self.side](examples)
+            log_probs, counts = score[self.side.removesuffix("-compiled")](examples)
         return {
             "log_probs": log_probs,
             "seconds": time.perf_counter() - start,  # every side has read its scores back
@@ -204,7 +210,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.preset not in presets():
         raise UserError(f"unknown preset {args.preset!r}; choose one of {', '.join(presets())}")
-    if "lm-eval" in args.sides:
+    harness = {"lm-eval", "lm-eval-compiled"} & set(args.sides)
+    if harness:
         require_package("lm_eval", "lm-eval")
     config = replace(presets()[args.preset][1].model, block_size=1024)  # no example is longer
     device = pick_device(args.device)
@@ -214,7 +221,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{len(examples)} examples are too few for {args.slices} slices; give more, or fewer slices")
     slices = [examples[i :: args.slices] for i in range(args.slices)]
     with tempfile.TemporaryDirectory() as directory:
-        if "lm-eval" in args.sides:
+        if harness:
             save_pretrained(Path(directory), GPT(config).init_weights(0).state_dict(), config, tokenizer)
         workers = {
             side: Worker(Side, side, directory, config, str(device), args.dtype, args)
@@ -222,7 +229,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if side in args.sides
         }
         for side, worker in workers.items():  # builds the model; the first shapes, and what is compiled
-            worker.call("score", examples if side == "ours" and args.compile else slices[0][:2])
+            compiled = args.compile if side == "ours" else side.endswith("-compiled")
+            worker.call("score", examples if compiled else slices[0][:2])
         measured: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
         rates = []
         for number, part in enumerate(slices, 1):
@@ -272,7 +280,7 @@ def _report(
         "speedup": {},
     }
     print(f"{args.preset}, {args.dtype}, {len(examples)} examples in {len(slices)} slices, in turn\n")
-    print(f"{'examples per second':<20}{'median':>9}{'low':>9}{'high':>9}{'GFLOP/s':>9}   needed operations only")
+    print(f"{'examples per second':<24}{'median':>9}{'low':>9}{'high':>9}{'GFLOP/s':>9}   needed operations only")
     for side, turns in measured.items():
         speeds = summary([len(part) / turn["seconds"] for part, turn in zip(slices, turns, strict=True)])
         speeds["processor_ms_per_example"] = summary(
@@ -280,8 +288,8 @@ def _report(
         )
         result["sides"][side] = speeds
         useful = speeds["median"] * needed / len(examples)
-        print(f"{side:<20}{speeds['median']:9.2f}{speeds['low']:9.2f}{speeds['high']:9.2f}{useful / 1e9:9.0f}")
-    print(f"{'limit':<20}{result['limit_examples_per_second']:9.2f}{'':18}{rate / 1e9:9.0f}\n")
+        print(f"{side:<24}{speeds['median']:9.2f}{speeds['low']:9.2f}{speeds['high']:9.2f}{useful / 1e9:9.0f}")
+    print(f"{'limit':<24}{result['limit_examples_per_second']:9.2f}{'':18}{rate / 1e9:9.0f}\n")
     for side, turns in measured.items():
         if side == "ours" or "ours" not in measured:
             continue
