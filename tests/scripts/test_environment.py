@@ -44,14 +44,15 @@ def test_it_is_installed_once_and_again_after_a_change_or_a_move(
         change()
         script.main("full")
     assert not installed
-    script.main("full,test")
-    assert installed
     moved = tmp_path.rename(tmp_path.parent / "moved here")
     for name, value in {"ROOT": moved, "VENV": moved / ".venv"}.items():
         monkeypatch.setattr(script, name, value)
     installed.clear()
-    script.main("full")
+    script.main("full,test")
     assert installed  # in place: it must know where
+    installed.clear()
+    script.main("full")
+    assert not installed  # it is part of what is there
 
 
 def test_one_process_at_a_time(script: ModuleType, installed: list[tuple[str, ...]]) -> None:
