@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli
+from gpt2.files import read_plain
 
 _VAL_EVERY = 20  # one document in so many is for validation: 5 %
 _SMALLEST = 500_000  # bytes; less means that the library's sources are not there
@@ -85,7 +86,7 @@ def docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old escapes in other people's strings
-            tree = ast.parse(path.read_bytes(), filename=str(path))
+            tree = ast.parse(read_plain(path), filename=str(path))
     except (OSError, SyntaxError, ValueError):
         return  # a template, or a file for another version
     yield from _docstrings_below(tree, module)

@@ -9,7 +9,7 @@ one history that led to the current weights, also after a return to an older che
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,19 +36,15 @@ Spent = Annotated[float, Field(strict=True, ge=0, le=1e12)]
 """Seconds, also those since 1970."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Line:
-    """What every line holds."""
+@dataclass(frozen=True)
+class _Fields:
+    """What a field may be, in lines of whichever kind; one of another name may be anything."""
 
     kind: str
     step: Count
     time: Spent
     tokens: Count = 0
     seconds: dict[str, Spent] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _RunStart(_Line):
     resumes_at: Count = 0
     world_size: Annotated[int, Field(strict=True, ge=1, le=1 << 31)] = 1
     total_steps: Count | None = None
@@ -57,58 +53,30 @@ class _RunStart(_Line):
     config_changed: dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]] = field(default_factory=dict)
     dataset: str = ""
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Train(_Line):
-    tokens: Count
-    loss: Real
-    lr: Real
-    grad_norm: Real
-    tokens_per_second: Real
+    loss: Real = 0.0
+    lr: Real = 0.0
+    grad_norm: Real = 0.0
+    tokens_per_second: Real = 0.0
     mfu: Real | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Val(_Line):
-    tokens: Count
-    loss: Real
-    val_tokens: Count
+    val_tokens: Count = 0
     bits_per_byte: Real | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _HellaSwag(_Line):
-    tokens: Count
-    acc: Real
-    acc_norm: Real
-    stderr: Real
-    examples: Count
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sample(_Line):
-    tokens: Count
+    acc: Real = 0.0
+    acc_norm: Real = 0.0
+    stderr: Real = 0.0
+    examples: Count = 0
     prompt: str = ""
     text: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Skip(_Line):
-    loss: Real
-    grad_norm: Real
     reason: str = ""
 
 
-_SCHEMAS = {
-    "run_start": _RunStart,
-    "train": _Train,
-    "val": _Val,
-    "hellaswag": _HellaSwag,
-    "sample": _Sample,
-    "skip": _Skip,
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "train": ("tokens", "loss", "lr", "grad_norm", "tokens_per_second"),
+    "val": ("tokens", "loss", "val_tokens"),
+    "hellaswag": ("tokens", "acc", "acc_norm", "stderr", "examples"),
+    "sample": ("tokens",),
+    "skip": ("loss", "grad_norm"),
 }
-"""What a line of each kind must hold; it may hold more."""
+"""What a line of each kind must hold, beside kind, step and time."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +117,12 @@ def parse_lines(content: bytes) -> Iterator[Line | None]:
 def _parse(offset: int, raw: bytes) -> Line | None:
     try:
         record = parse_json(raw, "it")
-        kind = str(record.get("kind")) if isinstance(record, dict) else ""
-        checked: _Line = check(record, _SCHEMAS.get(kind, _Line), "it")
+        checked = vars(check(record, _Fields, "it"))
     except UserError:
         return None
-    return Line(offset, {**record, **{name: value for name, value in vars(checked).items() if name in record}})
+    if any(name not in record for name in _NEEDED.get(checked["kind"], ())):
+        return None
+    return Line(offset, {**record, **{name: value for name, value in checked.items() if name in record}})
 
 
 def live_lines(lines: Iterable[Line]) -> list[Line]:

@@ -54,8 +54,8 @@ class RecordedRun:
     @property
     def config(self) -> Mapping[str, Mapping[str, Any]]:
         """The configuration of the last start, as `Config.to_dict` gave it."""
-        config = self.start.get("config")
-        return config if isinstance(config, dict) and all(isinstance(part, dict) for part in config.values()) else {}
+        config: Mapping[str, Mapping[str, Any]] = self.start.get("config", {})
+        return config
 
     @property
     def preset(self) -> str | None:
@@ -180,10 +180,8 @@ def bits_per_byte(val: Record) -> float | None:
 def _add_seconds(records: Sequence[Record]) -> dict[str, float]:
     total: dict[str, float] = {}
     for record in records:
-        seconds = record.get("seconds")
-        if isinstance(seconds, dict):
-            for phase, value in seconds.items():
-                total[phase] = total.get(phase, 0.0) + float(value)
+        for phase, value in record.get("seconds", {}).items():
+            total[phase] = total.get(phase, 0.0) + value
     return total
 
 

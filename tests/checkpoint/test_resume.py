@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gpt2.checkpoint.resume import CHANGEABLE, FIXED, check_config_change, write_config
+from gpt2.checkpoint.resume import CHANGEABLE, FIXED, check_config_change, find_start, write_config
 from gpt2.config import Config, GPTConfig, RunConfig
 from gpt2.errors import UserError
 
@@ -117,3 +120,21 @@ def test_a_configuration_is_replaced_whole(tmp_path: Path) -> None:
         write_config(config, path)
         assert Config.load(path) == config
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("refused", [(tempfile, "TemporaryFile"), (os, "listdir")])
+def test_checkpoints_that_cannot_be_kept_are_found_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: tuple[Any, str]
+) -> None:
+    config = dataclasses.replace(BASE, run=RunConfig(run_dir=tmp_path))
+    write_config(config, tmp_path / "config.json")
+    (tmp_path / "checkpoints").mkdir()
+    assert find_start(config, "", print) is None
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(*refused, refuse)  # as for users who are not root
+    words = r"cannot keep checkpoints in .*/checkpoints: Permission denied; make it .* or choose another --run"
+    with pytest.raises(UserError, match=words):
+        find_start(config, "", print)
