@@ -38,16 +38,16 @@ def count(text: str) -> int:
     match = re.fullmatch(r"([\d_,]+(?:\.\d+)?)([kKMB]?)", text)
     unit = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}[match[2]] if match else 1
     value = Fraction(re.sub("[_,]", "", match[1]) or 0) * unit if match else Fraction(0)
-    if value < 1 or value.denominator != 1:
+    if not 1 <= value < 2**63 or value.denominator != 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 100000000, 100M or 1.8B")
     return int(value)
 
 
 def part(text: str) -> tuple[int, int]:
     """I/N with 1 ≤ I ≤ N."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 ≤ I ≤ N, as in 3/16")
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 ≤ I ≤ N ≤ 9999, as in 3/16")
     return int(match[1]), int(match[2])
 
 

@@ -107,7 +107,10 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_range(self, "n_layer n_head n_embd block_size vocab_size window full_attention_every", 1)
+        # Far beyond any model's, so that a plan of what passes takes no time and no memory of its own.
+        require_range(self, "n_layer", 1, 2000)
+        require_range(self, "n_head n_embd", 1, 2**18)
+        require_range(self, "block_size vocab_size window full_attention_every", 1, 2**31)
         require_range(self, "rope_theta attention_scale norm_eps logit_softcap", 0, open_=True)
         require_range(self, "init_embedding_std init_head_std init_fan_in_variance", 0)
         require(
@@ -211,7 +214,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_range(self, "micro_batch_size total_batch_tokens val_tokens", 1)
+        require_range(self, "micro_batch_size total_batch_tokens", 1, 2**32)
+        require_range(self, "val_tokens", 1)
 
 
 @dataclass(frozen=True)
@@ -363,9 +367,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_range(self, "max_steps log_every keep sample_tokens", 1)
+        require_range(self, "max_steps", 1, 2**40)
+        require_range(self, "log_every keep", 1)
+        require_range(self, "sample_tokens", 1, 2**20)
+        require_range(self, "num_samples", 0, 10_000)
         require_range(self, "seed", 0, 2**63 - 1)
-        require_range(self, "eval_every hellaswag_limit num_samples checkpoint_every checkpoint_minutes", 0)
+        require_range(self, "eval_every hellaswag_limit checkpoint_every checkpoint_minutes", 0)
         require_range(self, "keep_every profile", 0)
         require_range(self, "spike_zscore price mfu", 0, open_=True)
         for name in ("on", "mfu"):

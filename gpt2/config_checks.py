@@ -51,5 +51,5 @@ def require_range(config: object, names: str, low: float, high: float = float("i
         if value is None or (math.isfinite(value) and (low < value < high if open_ else low <= value <= high)):
             continue
         edge = "above" if open_ else "at least"
-        limit = " and finite" if high == float("inf") else f" and {'below' if open_ else 'at most'} {high:g}"
+        limit = " and finite" if high == float("inf") else f" and {'below' if open_ else 'at most'} {high:,}"
         raise UserError(f"{name} is {value}; it must be {edge} {low:g}{limit}")

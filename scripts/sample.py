@@ -29,9 +29,13 @@ from gpt2.model.gpt import GPT, load_pretrained
 from gpt2.model.sampling import Sampling, seed_number
 from gpt2.precision import resolve_dtype, set_matmul_precision
 from gpt2.tokens.tokenizer import Tokenizer
+from gpt2.train.memory import device_memory
 
 KEPT = "\n\t"
 """Control characters that a text keeps on its way to the terminal."""
+
+MAX_TEXTS = 10_000
+"""They are written side by side, each with keys and values of its own."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -64,6 +68,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.num_samples < 1:
         raise UserError(f"--num-samples is {args.num_samples}; it must be at least 1")
+    if args.num_samples * len(args.prompt or [""]) > MAX_TEXTS:
+        raise UserError(f"--num-samples is {args.num_samples}; one call writes at most {MAX_TEXTS:,} texts")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
     if args.prompt is not None and args.file:
@@ -95,10 +101,20 @@ def write(
         live: print the first one while it comes.
     """
     rows = [prompt_tokens(tokenizer, prompt, args.special) for prompt in prompts]
-    longest, context = max(map(len, rows)), model.config.block_size
+    config, device = model.config, model.wte.weight.device
+    longest, context = max(map(len, rows)), config.block_size
     if longest > context:
         raise UserError(
             f"a prompt has {longest:,} tokens, the model's context {context:,}; give the prompt's end alone"
+        )
+    held = (
+        8 * len(rows) * min(context, longest + args.max_new_tokens) * config.n_layer * config.kv_heads * config.head_dim
+    )
+    memory = device_memory(device)
+    if memory is not None and held > memory:
+        raise UserError(
+            f"the keys and values of {len(rows):,} texts take {held / 2**30:.1f} GiB, but there are "
+            f"{memory / 2**30:.1f} GiB; use a smaller --num-samples or --max-new-tokens"
         )
     texts = [TextStream(tokenizer, args.stop) for _ in rows]
 

@@ -1,7 +1,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 
@@ -158,3 +158,24 @@ def test_load_says_what_is_wrong(tmp_path):
 def test_flags_are_flat_so_names_are_unique():
     names = [f.name for part in (GPTConfig, DataConfig, OptimConfig, RunConfig) for f in dataclasses.fields(part)]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (GPTConfig, "n_layer", 10**6),
+        (GPTConfig, "n_embd", 10**9),
+        (GPTConfig, "n_head", 10**9),
+        (GPTConfig, "block_size", 4 * 10**9),
+        (GPTConfig, "vocab_size", 10**12),
+        (DataConfig, "total_batch_tokens", 6 * 10**10),
+        (DataConfig, "micro_batch_size", 10**10),
+        (RunConfig, "num_samples", 10**9),
+        (RunConfig, "sample_tokens", 10**9),
+        (RunConfig, "max_steps", 10**15),
+        (RunConfig, "keep", 10**400),
+    ],
+)
+def test_small_numbers_that_ask_for_much_are_refused_at_once(kind: Any, name: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"{name} "):
+        kind(**{name: value})

@@ -44,8 +44,10 @@ class Sampling:
             if not holds:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {rule}")
 
-        require(0 < self.repetition_penalty < float("inf"), "repetition_penalty", "positive (1: none)")
-        require(0 <= self.temperature < float("inf"), "temperature", "0 (the likeliest token) or positive")
+        # Outside of these limits fp32 overflows: to logits of NaN, which are no choice.
+        require(1e-3 <= self.repetition_penalty <= 1e3, "repetition_penalty", "from 0.001 to 1000 (1: none)")
+        rule = "0 (the likeliest token) or from 1e-6 to 1e6"
+        require(self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "temperature", rule)
         require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1")
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "between 0 and 1")

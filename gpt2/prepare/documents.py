@@ -20,6 +20,7 @@ from gpt2.errors import UserError, first_line
 from gpt2.tokens.fast_bpe import replace_surrogates
 
 SLICE_BYTES = 1 << 22  # of JSON lines and plain text: about a million tokens
+MAX_LINE_BYTES = 1 << 26  # a line is a document; the longest book has a tenth of it
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 _BATCH_ROWS = 1000  # rows of a parquet file that are text in memory at one time
 
@@ -152,7 +153,11 @@ def _read_lines(path: Path, unit: int, column: str) -> Iterator[Document]:
             if not rest.endswith(b"\n"):
                 return  # no line begins in this slice; to look for its end would make a long line's time quadratic
             position = start - 1 + len(rest)
-        while position < start + SLICE_BYTES and (line := file.readline()):
+        while position < start + SLICE_BYTES and (line := file.readline(MAX_LINE_BYTES + 1)):
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(
+                    f"{path}: the line at byte {position:,} has more than {MAX_LINE_BYTES:,} bytes; split it"
+                )
             if position == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():

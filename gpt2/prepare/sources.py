@@ -14,7 +14,6 @@ import itertools
 import json
 import lzma
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -392,20 +391,27 @@ def _identity(path: Path) -> str:
     return "ends-sha256:" + digest.hexdigest()
 
 
+MAX_EXPANSION = 200
+"""English text becomes a third to a seventh of its size."""
+
+
 def decompress(path: Path, out: Path) -> None:
     """Write the content of a compressed file to `out`. UserError where it is damaged."""
     opened: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     try:
         with whole_file(out, sync=False) as target:
             if (suffix := path.suffix.lower()) in opened:
-                with opened[suffix](path) as plain:
-                    shutil.copyfileobj(plain, target, 1 << 20)
+                plain = opened[suffix](path)
             else:
                 import pyarrow
 
-                with pyarrow.input_stream(str(path), compression="zstd") as plain:
-                    while block := plain.read(1 << 20):
-                        target.write(block)
+                plain = pyarrow.input_stream(str(path), compression="zstd")
+            limit = max(MAX_EXPANSION * path.stat().st_size, 1 << 26)
+            with plain:
+                while block := plain.read(1 << 20):
+                    target.write(block)
+                    if target.tell() > limit:
+                        raise UserError(f"{path} expands to more than {MAX_EXPANSION} times its size, as no text does")
     except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         if "too much memory" in str(error):
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -55,8 +56,8 @@ class MemoryNeed:
             limit: bytes.
             below: the result is smaller than this.
         """
-        sizes = range(min(share, share if below is None else below - 1), 0, -1)
-        return next((b for b in sizes if share % b == 0 and self.bytes(b) <= limit), None)
+        sizes = sorted({d for b in range(1, math.isqrt(share) + 1) if share % b == 0 for d in (b, share // b)})
+        return max((b for b in sizes if (below is None or b < below) and self.bytes(b) <= limit), default=None)
 
 
 def memory_need(config: Config, world_size: int, dtype: str, device_type: str) -> MemoryNeed:

@@ -222,5 +222,6 @@ def _fitting_micro_batch(config: Config, world_size: int) -> str:
     if sequences % world_size:
         return ""
     share = sequences // world_size
-    size = max(b for b in range(1, min(share, config.data.micro_batch_size) + 1) if share % b == 0)
+    at_most = min(share, config.data.micro_batch_size)
+    size = next(b for b in range(min(at_most, 1 << 20), 0, -1) if share % b == 0)
     return f" or --micro-batch-size {size}"

@@ -122,3 +122,26 @@ def test_temperature_zero_takes_the_likeliest_and_draws_nothing() -> None:
 def test_values_out_of_range_are_refused(options: dict[str, float], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Sampling(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e7, float("nan"), -1.0])
+def test_a_temperature_that_overflows_is_refused(temperature: float) -> None:
+    with pytest.raises(UserError, match="temperature is"):
+        Sampling(temperature=temperature)
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 0.0, 1e300, float("inf"), float("nan")])
+def test_a_penalty_that_overflows_is_refused(penalty: float) -> None:
+    with pytest.raises(UserError, match="repetition_penalty is"):
+        Sampling(repetition_penalty=penalty)
+
+
+@pytest.mark.parametrize(("penalty", "temperature"), [(1e-3, 1e-6), (1e3, 1e-6), (1e-3, 1e6), (1e3, 1e6)])
+def test_the_most_extreme_values_still_choose(penalty: float, temperature: float) -> None:
+    logits = torch.tensor([[-50.0, 1.0, 80.0, 2.0]])
+    sampling = Sampling(penalty, temperature)
+    found = filter_logits(logits, sampling, torch.ones(1, 4, dtype=torch.bool))
+    assert found.softmax(dim=-1).isfinite().all()
+    if temperature < 1:
+        (generator,) = row_generators(0, 1, torch.device("cpu"))
+        assert choose(found, sampling, [generator]).tolist() == [2]

@@ -171,3 +171,11 @@ def test_what_is_longer_than_a_slice_is_read_a_few_times_at_most(tmp_path, monke
     monkeypatch.setattr(units, "open", lambda path, mode: Counted(path), raising=False)
     assert [text for text in texts(path, kind) if text] == [body]
     assert took[0] < 5 * size
+
+
+def test_a_line_has_a_longest_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "MAX_LINE_BYTES", 100)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + json.dumps({"text": "x" * 200}).encode() + b"\n")
+    with pytest.raises(UserError, match=r"x\.jsonl: the line at byte 14 has more than 100 bytes"):
+        all_units(path, "jsonl")

@@ -76,3 +76,13 @@ def test_compressed_files(tmp_path, suffix):
             decompress(path, out)
         assert "\n" not in str(error.value)
         assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
+
+
+def test_what_expands_without_end_is_refused(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    with gzip.open(path, "wb") as file:
+        for _ in range(80):
+            file.write(b"a" * (1 << 20))
+    with pytest.raises(UserError, match="expands to more than 200 times its size"):
+        decompress(path, tmp_path / "out.txt")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt.gz"]
