@@ -1,4 +1,4 @@
-"""Checkpoints: a directory that `transformers` opens, beside it what training needs to go on as if it had not stopped.
+"""Checkpoints: a directory that `transformers` opens, beside it what training needs to resume as if it had not stopped.
 
     RUN/checkpoints/latest               name of the newest complete checkpoint
     RUN/checkpoints/step_00001000/
@@ -90,7 +90,7 @@ class _Training:
     tokens: Count = 0
     val_loss: Number | None = None
     guard: Annotated[tuple[Number, ...], Field(min_length=6, max_length=6)] | None = None
-    """Of `gpt2.train.guard.StepGuard`."""
+    """State of `gpt2.train.guard.StepGuard`."""
     data_fingerprint: str = ""
     metrics_position: Count = 0
     config: dict[str, dict[str, Any]] | None = None
@@ -99,7 +99,7 @@ class _Training:
 
 
 def step_directory(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, below the run's `checkpoints`."""
+    """The path of a step's checkpoint, below the run's `checkpoints`."""
     return directory / f"step_{step:08d}"
 
 
@@ -172,7 +172,7 @@ def _supersede(path: Path) -> Path:
 
 
 def supersede_later(start: Path) -> list[Path]:
-    """Rename the checkpoints of later steps than the one a run goes on from, so that it never goes on from them.
+    """Rename the checkpoints of later steps than the one a run resumes from, so that it never resumes from them.
 
     Args:
         start: RUN/checkpoints/step_...

@@ -1,4 +1,4 @@
-"""From where a run starts: its own newest checkpoint, another one, other weights, or nothing; and whether it may."""
+"""What a run starts from: its own newest checkpoint, another one, other weights, or nothing; and whether it may."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHANGEABLE = {
 """Settings that change what comes out of a run, and may change within it when that is asked for; so may the
 optimizer's, but for its kind."""
 FIXED = {"data.shuffle", "data.drop_shard_tails", "run.seed", "optim.optimizer", "optim.normuon"}
-"""Settings that can't change within a run, as the model's can't: the order of the data would repeat and leave out
+"""Settings that cannot change within a run, as the model's cannot: the order of the data would repeat and leave out
 tokens, the optimizer's state would not fit. Everything else (the machine, the log, where the data is) changes freely:
 which data it is, their fingerprint tells."""
 
@@ -43,7 +43,7 @@ LEFT_BY_ANY_RANK = (".", "hang", "out_of_memory_rank")
 
 
 def check_config_change(old: Config, new: Config, where: Path) -> None:
-    """Refuse settings that can't be changed in a run, and those that change its results unless that was asked for.
+    """Refuse settings that cannot change within a run, and those that change its results unless that was asked for.
 
     Args:
         old: the run's.
@@ -68,13 +68,13 @@ def check_config_change(old: Config, new: Config, where: Path) -> None:
         raise UserError(f"{where} holds a run with other settings: {describe(fixed)}; choose another --run for these")
     if changeable and not new.run.allow_config_change:
         raise UserError(
-            f"{where} holds a run with other settings: {describe(changeable)}; choose another --run, or go on in this "
+            f"{where} holds a run with other settings: {describe(changeable)}; choose another --run, or change this "
             "one with --allow-config-change"
         )
 
 
 def settle_optim(config: Config) -> OptimConfig:
-    """The optimizer's settings with `muon_qkv` decided where it is auto: a run goes on as it began."""
+    """The optimizer's settings with `muon_qkv` decided where it is auto: a run keeps what it began with."""
     optim, run = config.optim, config.run
     if optim.optimizer != "muon" or optim.muon_qkv != "auto":
         return optim
@@ -170,7 +170,7 @@ def check_own(path: Path, config: Config, fingerprint: str) -> None:
 def find_start(
     config: Config, fingerprint: str, say: Callable[[str], None], started_on: str | None = None
 ) -> Path | None:
-    """The checkpoint a run goes on from, None to start at step 0.
+    """The checkpoint that a run resumes from; None to start at step 0.
 
     Args:
         config: asked for; its model is the `Origin`'s.
@@ -181,8 +181,8 @@ def find_start(
     Nothing is changed; `supersede_later` is for when all else has been found to be in order.
 
     Raises:
-        UserError: the directory holds a run that can't be gone on with like this, or the checkpoint asked for is not
-            one of such a run.
+        UserError: the directory holds a run that cannot be resumed with these settings, or the checkpoint asked for
+            is not one of such a run.
     """
     run, resume = config.run.run_dir, config.run.resume
     checkpoints, stored = run / "checkpoints", run / "config.json"
@@ -218,11 +218,11 @@ def find_start(
         if again or (stored.exists() and Config.load(stored).run.resume == resume):
             own = newest_checkpoint(checkpoints, say, accept)
             if own is not None and own.resolve() != start.resolve():
-                say(f"going on from {own}, which this run has reached since it left {start}")
+                say(f"resuming from {own}, which this run has reached since it left {start}")
                 start = own
         elif not is_own(start, run) and list_checkpoints(checkpoints):
             raise UserError(
-                f"{run} has checkpoints of its own, and {start} is none of them; leave --resume out to go on from the "
+                f"{run} has checkpoints of its own, and {start} is none of them; leave --resume out to resume from the "
                 "newest, or choose another --run"
             )
         accept(start)
@@ -256,7 +256,7 @@ def store_settings(config: Config, start: Path | None, facts: Mapping[str, Any],
         write_config(stored, run.run_dir / "config.json")
         write_whole(run.run_dir / "environment.json", json.dumps(facts, indent=1) + "\n")
         for path in supersede_later(start) if start is not None and own else []:
-            say(f"set aside as {path}: the run goes on from {start.name if start else ''}")
+            say(f"set aside as {path}: the run resumes from {start.name if start else ''}")
     except OSError as error:
         raise UserError(
             f"cannot write to the run directory {run.run_dir}: {error.strerror}; choose another --run"
