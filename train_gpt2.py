@@ -76,7 +76,7 @@ def train_step(
     # Forward and backward, one micro-batch at a time; gradients add up in each parameter's .grad.
     own_loss = torch.zeros((), device=world.device)
     for number, (tokens, targets) in enumerate(batches):  # (B, T) each
-        with accumulating(model, last=number == len(batches) - 1):  # processes exchange gradients in the last one only
+        with accumulating(model, last=number == len(batches) - 1):  # under DDP the last one sums over processes
             with autocast(world.device, dtype), training_backends(world.device):
                 loss = model(tokens, targets) / tokens_per_step
             (loss * world.size).backward()  # DDP and FSDP average over processes, where the loss is a sum over them

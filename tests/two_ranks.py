@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from small_runs import small
+from torch.distributed.tensor import DTensor
 
 from gpt2.config import Config
 from gpt2.distributed.signals import StopSignals
@@ -36,6 +37,10 @@ TABLE = {
     "ddp_2x1x4": {"micro_batch_size": 1},
     "fsdp_2x4x1": {"micro_batch_size": 4, "parallel": "fsdp"},
     "fsdp_2x1x4": {"micro_batch_size": 1, "parallel": "fsdp", "activation_checkpointing": True},
+}
+BF16 = {
+    **{"dtype": "bf16", "micro_batch_size": 2, "max_steps": 15, "eval_every": 15, "learning_rate": 1e-3},
+    **{"num_samples": 2, "sample_prompt": "A", "sample_tokens": 8},
 }
 STOPPED_AT = 9
 POISONED_STEP = 3
@@ -107,6 +112,36 @@ def signal_after(run: Run, signals: StopSignals, step: int) -> None:
     run.advance = advance_and_signal  # type: ignore[method-assign]
 
 
+def types_in_a_block(model: GPT) -> set[str]:
+    """What training finds the last block's tensors to be."""
+    found: set[str] = set()
+    block = model.h[-1]
+
+    def look(name: str, *tensors: torch.Tensor) -> None:
+        if torch.is_grad_enabled():
+            found.add(" ".join([name, *(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)]))
+
+    block.ln_2.register_forward_hook(lambda norm, args, y: look("stream, gain, normed", args[0], norm.weight, y))
+    block.mlp.register_forward_hook(lambda mlp, args, y: look("update", y))
+    return found
+
+
+def gradients_held(run: Run) -> list[float]:
+    """Parts of the model's gradient that this process holds at the beginning of each micro-step."""
+    forward, parts = run.model.forward, []
+    parameters = list(run.model.parameters())  # as they are between steps: within one, FSDP puts whole ones in place
+
+    def counted(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            grads = [p.grad for p in parameters if p.grad is not None]
+            local = sum((g.to_local() if isinstance(g, DTensor) else g).numel() for g in grads)
+            parts.append(local / sum(p.numel() for p in parameters))
+        return forward(tokens, targets)
+
+    run.model.forward = counted  # type: ignore[method-assign, assignment]
+    return parts
+
+
 def lose_data(blocks: Blocks) -> None:
     """Make the second read of a split fail."""
     read, calls = blocks.read, []
@@ -135,6 +170,11 @@ def main() -> None:
         for name, changes in TABLE.items():
             with running(small(data, out / name, eval_every=15, **changes), this) as (run, signals):
                 found[name] = train_to_its_end(run, signals)
+
+        for parallel in ("ddp", "fsdp"):
+            with running(small(data, out / f"bf16_{parallel}", parallel=parallel, **BF16), this) as (run, signals):
+                types, held = types_in_a_block(run.model), gradients_held(run)
+                found[f"bf16_{parallel}"] = [train_to_its_end(run, signals), sorted(types), sorted(set(held))]
 
         # A signal that reaches rank 1 alone stops both, after the same step.
         for parallel in ("ddp", "fsdp"):

@@ -29,7 +29,7 @@ from gpt2.model.pretrained import resolve_model
 
 CHANGEABLE = {
     *("data.total_batch_tokens", "data.val_tokens", "run.max_steps", "run.dtype", "run.deterministic"),
-    *("run.on_nonfinite", "run.spike_zscore", "model.dropout"),
+    *("run.on_nonfinite", "run.spike_zscore", "run.parallel", "model.dropout"),
 }
 """Settings that change what comes out of a run, and may change within it when that is asked for; so may the
 optimizer's, but for its kind."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,25 +56,33 @@ def parallelize(model: GPT, config: RunConfig, world: World, dtype: str, grad_ac
 
 
 def _shard(model: GPT, dtype: str) -> nn.Module:
-    """FSDP2: each block's weights are gathered when it runs, gradients are summed in fp32."""
-    policy = MixedPrecisionPolicy(
+    """FSDP2: a block's matrices are gathered when it runs, in the matrix products' type; gradients are summed in fp32.
+
+    The rest stays gathered from a step's first use of it to its end: embeddings, head, and the norms' gains, which are
+    few. It is in the type it is stored in, as under DDP, where autocast turns nothing but a product's factors into
+    bf16; so one process, DDP and FSDP compute the same, and the residual stream is fp32 in all of them.
+    """
+    matrices = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if dtype == "bf16" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.h:
-        fully_shard(block, mp_policy=policy)
+        fully_shard([block.get_submodule("attn"), block.get_submodule("mlp")], mp_policy=matrices)
     if model.wte.weight.dtype != model.dtype:  # FSDP gathers tensors of one type together
-        fully_shard(model.wte, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(model.wte, mp_policy=rest)
+    fully_shard(model, mp_policy=rest)
     register_fsdp_forward_method(model, "hidden")  # evaluation and sampling enter there
     return model
 
 
 def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """The context of a micro-step's forward and backward pass: gradients are reduced in the step's last one only."""
-    if isinstance(model, DistributedDataParallel):
-        return nullcontext() if last else model.no_sync()
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+    """The context of a micro-step's forward and backward pass.
+
+    DDP reduces gradients in a step's last one only. FSDP does in each: gradients that wait would be whole ones, 4 bytes
+    per parameter in every process, where it keeps 4 bytes divided by the processes.
+    """
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
     return nullcontext()
 
 

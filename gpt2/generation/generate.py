@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -117,8 +118,13 @@ def stream(
             with cast, varying_backends(device):
                 logits = decoder.logits()  # (B, V)
             chosen = choose(filter_logits(logits, sampling, seen), sampling, generators)  # (B,)
+            bad = ~logits.sum(dtype=torch.float32).isfinite()  # one NaN or infinity makes it one
+            if sharded:  # rounding may differ between processes, but all must end with the same token
+                verdict = torch.cat((chosen, bad[None]))
+                dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
+                chosen, bad = verdict[:-1], verdict[-1]
             tokens: list[int] = chosen.tolist()
-            if not logits.sum(dtype=torch.float32).isfinite():  # one NaN or infinity makes it one
+            if bad:
                 raise UserError("the model's logits are not finite: its weights have diverged or are damaged")
             yield [token if runs else None for token, runs in zip(tokens, running, strict=True)]
             for row, token in enumerate(tokens):

@@ -150,7 +150,7 @@ class Evaluator:
         )
 
     def _draw_samples(self, step: int, metrics: Metrics | NoMetrics) -> None:
-        """Sample texts. A failure is only reported, as rank 0 may be alone here."""
+        """Sample texts. A failure is only reported: rank 0 may be alone here, or all processes meet it together."""
         settings = self.config.run
         try:
             with autocast(self.world.device, self.dtype):

@@ -78,11 +78,10 @@ def memory_need(config: Config, world_size: int, dtype: str, device_type: str) -
     # fp32: a weight and its gradient, AdamW's two moments, of which Muon has one.
     moments = 2 * parameters - (matrices if config.optim.optimizer == "muon" else 0)
     state = 4 * (2 * parameters + moments) / shards
-    if dtype == "bf16":
+    if shards > 1:  # gathered: all outside the blocks' matrices, and two blocks' weights and gradients
+        state += 4 * (2 * (parameters - matrices) + 4 * matrices / model.n_layer)
+    elif dtype == "bf16":
         state += 2 * parameters  # autocast's copies, which last a forward pass
-    if shards > 1:  # gathered: the embedding, and two blocks' weights and gradients
-        block = sum(p.numel() for p in network.h[0].parameters())
-        state += 4 * (2 * network.wte.weight.numel() + 4 * block)
     size = 2 if dtype == "bf16" else 4
     per_block = activation_bytes(model, size, compiled=run.compile)
     kept = 4 * model.n_embd * model.n_layer + per_block if run.activation_checkpointing else per_block * model.n_layer

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from repository import ROOT
 from small_runs import assert_same_bits, finish, flags, losses, records, saved, small, train
-from two_ranks import POISONED_STEP, STOPPED_AT, TABLE
+from two_ranks import BF16, POISONED_STEP, STOPPED_AT, TABLE
 
 from gpt2.errors import UserError
 
@@ -55,6 +55,27 @@ def test_two_processes_train_as_one(two_ranks: tuple[Path, list[dict[str, Any]]]
     assert_same_run(reference, out / name)
 
 
+def test_in_bf16_too_one_process_ddp_and_fsdp_train_alike(
+    char_data: Path, tmp_path: Path, two_ranks: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    train(small(char_data, tmp_path, **BF16))
+    for parallel in ("ddp", "fsdp"):
+        for kind in ("train", "val"):
+            one, two = losses(tmp_path, kind), losses(two_ranks[0] / f"bf16_{parallel}", kind)
+            assert one.keys() == two.keys()
+            torch.testing.assert_close(list(one.values()), list(two.values()), atol=2e-4, rtol=0)
+        for f in two_ranks[1]:
+            # The stream and the gains keep fp32; only a matrix product's result is bf16.
+            types = ["stream, gain, normed float32 float32 float32", "update bfloat16"]
+            assert f[f"bf16_{parallel}"][:2] == [0, types]
+
+
+def test_a_sharded_gradient_is_never_whole(two_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for f in two_ranks[1]:
+        assert f["bf16_ddp"][2] == [0, 1]  # the first of a step's two micro-steps finds none
+        assert f["bf16_fsdp"][2] == [0, 0.5]
+
+
 def test_accumulation_trains_the_same(char_data: Path, tmp_path: Path, reference: Path) -> None:
     train(small(char_data, tmp_path, micro_batch_size=2, eval_every=15))
     assert_same_run(reference, tmp_path)
@@ -94,7 +115,7 @@ def test_two_processes_stop_together_and_one_goes_on(
 ) -> None:
     out, found = two_ranks
     assert [f[f"stopped_{parallel}"] for f in found] == [[0, STOPPED_AT]] * 2
-    train(small(char_data, out / f"stopped_{parallel}", micro_batch_size=8))
+    train(small(char_data, out / f"stopped_{parallel}", micro_batch_size=8, allow_config_change=True))
     torch.testing.assert_close(
         list(losses(out / f"stopped_{parallel}").values()), list(losses(reference).values()), atol=1e-5, rtol=0
     )
