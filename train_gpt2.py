@@ -114,7 +114,7 @@ def train(run: Run, signals: StopSignals) -> EndReason:
 
     def evaluate() -> None:
         with run.metrics.phase("eval"):
-            run.val_loss = run.evaluator.evaluate(run.step, run.metrics, must_stop)
+            run.evaluated(run.evaluator.evaluate(run.step, run.metrics, must_stop))
             must_stop()  # while it drew samples
 
     if evaluation_is_due() and run.val_loss is None:  # before the first step, or where a stop did not wait for it

@@ -346,6 +346,9 @@ class RunConfig:
     """Newest checkpoints kept, beside the best by validation loss."""
     keep_every: int = 0
     """Checkpoints at multiples of this many steps are kept for good. 0: none."""
+    mirror: str | None = None
+    """A second place for checkpoints, metrics and settings, as a URL or path that fsspec knows (s3://BUCKET/RUN,
+    gs://..., file:///...): a machine whose run directory is empty, or behind, resumes from there. None: none."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases; auto: online if a key is configured, else disabled."""
     wandb_project: str = "gpt2"

@@ -1,7 +1,6 @@
-"""train_gpt2.py for tests/end_to_end/test_agents.py: slow enough to be hit, and stopped for good by a file.
+"""train_gpt2.py for tests/end_to_end/test_agents.py: slow enough to be hit, and quick to lose patience.
 
-A process whose id is in the file STALL of its working directory's run stalls in its next step, as one whose machine
-hangs: it heeds nothing but SIGKILL.
+A process whose id is in the file that STALL names hangs in its next step, and heeds nothing but SIGKILL.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def slow_step(*args: Any, **kwargs: Any) -> Any:
 
 
 train_gpt2.train_step = slow_step
-distributed.STEP_TIMEOUT = datetime.timedelta(seconds=4)
+distributed.STEP_TIMEOUT = datetime.timedelta(seconds=10)
 
 if __name__ == "__main__":
     run_cli(train_gpt2.main)

@@ -89,6 +89,7 @@ class _Training:
     sample: Count = 0
     tokens: Count = 0
     val_loss: Number | None = None
+    best_val_loss: Number | None = None
     guard: Annotated[tuple[Number, ...], Field(min_length=6, max_length=6)] | None = None
     """State of `gpt2.train.guard.StepGuard`."""
     data_fingerprint: str = ""
@@ -146,7 +147,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, config: GPTConfig,
         training = {"format": FORMAT, **checkpoint.training, "files": files}
         write_whole(temporary / TRAINING, json.dumps({**training, "digest": _digest(training)}, indent=1))
         sync_directory(temporary)
-        if final.exists():
+        if os.path.lexists(final):
             _supersede(final)
         os.replace(temporary, final)
         _point_to(final)

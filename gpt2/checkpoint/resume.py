@@ -214,7 +214,7 @@ def find_start(
 
     start: Path | None = None
     if resume not in ("auto", "never"):
-        start = Path(resume)
+        start = own_name(Path(resume), run) or Path(resume)
         if again or (stored.exists() and Config.load(stored).run.resume == resume):
             own = newest_checkpoint(checkpoints, say, accept)
             if own is not None and own.resolve() != start.resolve():
@@ -263,6 +263,12 @@ def store_settings(config: Config, start: Path | None, facts: Mapping[str, Any],
         ) from None
 
 
+def own_name(checkpoint: Path, run: Path) -> Path | None:
+    """A checkpoint's path within a run, also of one that was moved elsewhere and linked back; None of another run's."""
+    found = (path for path in list_checkpoints(run / "checkpoints") if path.exists() and checkpoint.exists())
+    return next((path for path in found if path.samefile(checkpoint)), None)
+
+
 def is_own(checkpoint: Path, run: Path) -> bool:
     """Whether a checkpoint is one of this run's."""
-    return checkpoint.resolve().parent == (run / "checkpoints").resolve()
+    return checkpoint.resolve().parent == (run / "checkpoints").resolve() or own_name(checkpoint, run) is not None

@@ -6,8 +6,9 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from gpt2.checkpoint.directory import (
     TEMPORARY,
@@ -17,10 +18,18 @@ from gpt2.checkpoint.directory import (
     verify_checkpoint,
     write_checkpoint,
 )
+from gpt2.checkpoint.mirror import Mirror, NoMirror
 from gpt2.config import GPTConfig
 from gpt2.distributed.signals import seconds_to_stop
 from gpt2.errors import UserError
 from gpt2.tokens.tokenizer import Tokenizer
+
+
+def worth_keeping(trainings: Mapping[str, Mapping[str, Any]], keep_every: int) -> set[str]:
+    """The best checkpoint by validation loss and every `keep_every`-th step, of training.json by directory."""
+    losses = {name: loss for name, t in trainings.items() if (loss := t.get("val_loss")) is not None}
+    best = {min(losses, key=lambda name: losses[name])} if losses else set()
+    return best | {name for name, t in trainings.items() if keep_every and t["step"] % keep_every == 0}
 
 
 def prune_checkpoints(directory: Path, keep: int, keep_every: int) -> None:
@@ -29,19 +38,12 @@ def prune_checkpoints(directory: Path, keep: int, keep_every: int) -> None:
     Nothing is removed unless the newest one proves undamaged.
     """
     found = list_checkpoints(directory)
-    training = {}
+    trainings = {}
     for path in found:
-        try:
-            training[path] = read_training(path)
-        except UserError:
-            continue  # damaged; it may go when it is old
-    losses = {path: loss for path, t in training.items() if (loss := t.get("val_loss")) is not None}
-    kept = set(found[-keep:])
-    if losses:
-        kept.add(min(losses, key=lambda path: losses[path]))
-    if keep_every:
-        kept |= {path for path, t in training.items() if t["step"] % keep_every == 0}
-    superfluous = [path for path in found if path not in kept]
+        with contextlib.suppress(UserError):  # damaged; it may go when it is old
+            trainings[path.name] = read_training(path)
+    kept = worth_keeping(trainings, keep_every)
+    superfluous = [path for path in found[:-keep] if path.name not in kept]
     if not superfluous:
         return
     try:
@@ -49,7 +51,10 @@ def prune_checkpoints(directory: Path, keep: int, keep_every: int) -> None:
     except UserError:
         return
     for path in superfluous:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_symlink():  # it was moved elsewhere, where it stays
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class CheckpointWriter:
@@ -63,6 +68,7 @@ class CheckpointWriter:
         keep_every: checkpoints at multiples of this many steps stay, too; 0: none.
         saved: called with the step and path of each complete checkpoint.
         warn: called with a line about each that could not be written, or takes too long; training continues.
+        mirror: the run's second copy, where it has one.
 
     `saved` and `warn` are called by whoever calls `busy` or `wait` next, not by the thread.
     """
@@ -76,10 +82,11 @@ class CheckpointWriter:
         keep_every: int,
         saved: Callable[[int, Path], None],
         warn: Callable[[str], None],
+        mirror: Mirror | NoMirror,
     ):
         self.directory, self.config, self.tokenizer = directory, config, tokenizer
         self.keep, self.keep_every = keep, keep_every
-        self.saved, self.warn = saved, warn
+        self.saved, self.warn, self.mirror = saved, warn, mirror
         self.failed_step: int | None = None
         """Step of the last checkpoint, if that could not be written."""
         self._step = -1
@@ -125,6 +132,11 @@ class CheckpointWriter:
         while self.busy(seconds=60):
             pass
 
+    def close(self) -> None:
+        """Return when nothing is being written or copied."""
+        self.wait()
+        self.mirror.finish()
+
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
             self._outcome = write_checkpoint(self.directory, checkpoint, self.config, self.tokenizer)
@@ -140,6 +152,7 @@ class CheckpointWriter:
         if isinstance(outcome, Path):
             self.failed_step = None
             self.saved(self._step, outcome)
+            self.mirror.wake()
             limit = seconds_to_stop()
             if limit is not None and self._took > limit and not self._warned:
                 self._warned = True
@@ -172,3 +185,6 @@ class NoWriter:
 
     def wait(self) -> None:
         """There is nothing to wait for."""
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -3,6 +3,8 @@
     stack_rank0.txt      where the process's threads were, if a step took almost as long as it may, or it crashed
     collectives_rank0*   the last collectives it took part in: PyTorch's flight recorder
 
+What an earlier start has left is moved to RUN/hang/earlier, each file under the time when it was written.
+
 The process that hangs is the one whose stack is not inside a collective, or whose list of collectives is shorter.
 Reading the recorder's nccl files: `torchfrtrace` of PyTorch's own tools.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,8 +65,19 @@ class HangWatch:
         self._file: BinaryIO | None = None
         with contextlib.suppress(OSError):  # a machine that lacks the directory does without
             directory.mkdir(parents=True, exist_ok=True)
+            self._keep_earlier()
             self._file = create(self.path)
             faulthandler.enable(self._file)  # for nccl's watchdog, too, which ends the process by a signal
+
+    def _keep_earlier(self) -> None:
+        """Move what this rank of an earlier start has left out of the way."""
+        own = f"collectives_rank{self.rank}"  # nccl's watchdog writes the one, `explain` the other
+        for path in (self.path, self.directory / own, self.directory / f"{own}.json"):
+            if path.exists() and path.stat().st_size:
+                written = time.strftime("%Y%m%d_%H%M%S", time.localtime(path.stat().st_mtime))
+                earlier = self.directory / "earlier"
+                earlier.mkdir(exist_ok=True)
+                path.rename(earlier / f"{written}_{path.name}")
 
     def arm(self, starting: bool = False) -> None:
         """A step begins; the first one, when `starting`, for which the others wait longer."""

@@ -21,8 +21,9 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from torch.distributed.rendezvous import rendezvous
 
+from gpt2.distributed.last_word import leave_last_word
 from gpt2.distributed.start import agree_on_start
-from gpt2.errors import UserError
+from gpt2.errors import UserError, visible
 from gpt2.files import write_whole
 
 T = TypeVar("T")
@@ -292,6 +293,8 @@ class WholeErrorFile(ErrorHandler):
         extra = {"timestamp": str(int(time.time()))}
         if isinstance(e, UserError):  # whose line is all there is to say: torchrun shows the callstack where it has one
             message: dict[str, Any] = {"message": f"error: {e}", "extraInfo": extra}
+            if e.alone or os.environ.get("LOCAL_RANK", "0") == "0":
+                leave_last_word(f"error: {visible(str(e))}")
         else:
             extra["py_callstack"] = "".join(traceback.format_exception(e))
             message = {"message": f"{type(e).__name__}: {e}", "extraInfo": extra}

@@ -80,6 +80,7 @@ def finish(run: Run, reason: EndReason, signals: StopSignals) -> int:
     elif reason == "stopped":
         name = signals.received or "a signal to another process"
         run.say(f"stopped by {name} after step {run.step}; resume with: {resume_command(run)}")
+    run.writer.close()
     close(run, reason)
     return code
 
@@ -103,6 +104,7 @@ def _diverged(run: Run, failure: Diverged) -> int:
     )
     if failure.hint:
         run.say(failure.hint)
+    run.writer.close()
     close(run, failure.reason)
     return DIVERGED_EXIT
 

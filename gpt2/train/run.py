@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from io import FileIO
@@ -49,6 +50,7 @@ class Run:
         step: optimizer steps finished.
         sequences_read: sequences of the run's order that its steps have used.
         val_loss: validation loss of this very step, if it was evaluated.
+        best_val_loss: the lowest one so far.
         saved_step: the step last saved or restored; -1: none.
         saved_at: when that was, in seconds of `time.monotonic`.
         skips_in_a_row: updates left out since the last one that was made.
@@ -77,6 +79,7 @@ class Run:
     step: int = 0
     sequences_read: int = 0
     val_loss: float | None = None
+    best_val_loss: float = math.inf
     saved_step: int = -1
     saved_at: float = field(default_factory=lambda: time.monotonic())
     skips_in_a_row: int = 0
@@ -103,6 +106,14 @@ class Run:
             self.config.data.micro_batch_size,
             self.world.device,
         )
+
+    def evaluated(self, val_loss: float | None) -> None:
+        """Remember an evaluation of this step, None if it was stopped; where it is the best, a checkpoint is due."""
+        self.val_loss = val_loss
+        if val_loss is not None and val_loss < self.best_val_loss:
+            self.best_val_loss = val_loss
+            trained = self.step > max(self.saved_step, 0)
+            self.save_due |= trained and self.config.run.checkpoint_every > 0
 
     def advance(self) -> None:
         """Count a step, and say where an epoch ended in it."""

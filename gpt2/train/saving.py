@@ -43,6 +43,7 @@ def save(run: Run) -> None:
             "sample": run.sequences_read,
             "tokens": run.sequences_read * run.config.model.block_size,
             "val_loss": run.val_loss if run.val_loss is not None and math.isfinite(run.val_loss) else None,
+            "best_val_loss": run.best_val_loss if math.isfinite(run.best_val_loss) else None,
             "guard": run.guard.state.tolist(),
             "data_fingerprint": run.dataset.fingerprint,
             "metrics_position": run.metrics.position(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from io import FileIO
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.allocator import keep_freed_memory
-from gpt2.checkpoint.directory import Checkpoint, read_checkpoint, step_directory
+from gpt2.checkpoint.directory import Checkpoint, list_checkpoints, read_checkpoint, step_directory
+from gpt2.checkpoint.mirror import Mirror, NoMirror
 from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, settle_optim, store_settings
-from gpt2.checkpoint.writer import CheckpointWriter, NoWriter
+from gpt2.checkpoint.writer import CheckpointWriter, NoWriter, worth_keeping
 from gpt2.config import Config, RunConfig
 from gpt2.distributed.hang import HangWatch
 from gpt2.distributed.parallel import parallelize, place_like
@@ -43,14 +46,21 @@ from gpt2.train.out_of_memory import record_allocations
 from gpt2.train.plan import Plan, make_plan, measure_data
 from gpt2.train.run import Run
 
+MAY_DIFFER = {
+    *("device", "dtype", "resume", "log_every", "checkpoint_minutes", "keep", "keep_every", "wandb", "wandb_project"),
+    *("mirror", "tensorboard", "profile", "price", "allow_config_change"),
+}
+"""Settings of a run that only rank 0 follows, or each process for itself; of the precision that they name, what comes
+out is compared."""
+
 
 def what_must_agree(config: Config, device: torch.device) -> dict[str, str]:
-    """What every process must have the same: precision, and the settings but for the machine's own paths."""
+    """What every process must have the same: precision, and the settings that change what it computes."""
     settings = {
         name: str(value)
         for part in (config.model, config.data, config.optim, config.run)
         for name, value in vars(part).items()
-        if not isinstance(value, Path) and name not in ("device", "dtype", "resume")
+        if not isinstance(value, Path) and name not in MAY_DIFFER
     }
     return {"dtype": resolve_dtype(config.run.dtype, device), **settings}
 
@@ -73,6 +83,7 @@ def set_up(config: Config, world: World) -> Run:
         keep_freed_memory()
 
     dataset, tokenizer = open_data(config, world)
+    world.on_main(lambda: restore_from_mirror(config, world, say))
     config = with_datas_vocabulary(config, dataset, say)
     origin = world.on_main(lambda: find_origin(config))  # downloads, if anything has to be
     config = replace(
@@ -86,7 +97,19 @@ def set_up(config: Config, world: World) -> Run:
     facts = environment(world.device, world.size)
     claimed: list[tuple[FileIO, Checkpoint | None]] = []  # what stays in rank 0
 
+    # The newest checkpoint that any machine has: without a shared directory, rank 0's may be behind.
+    reached = -1
+    with suppress(UserError):  # rank 0 refuses what it cannot read
+        reached = max([reached, *(int(p.name[5:]) for p in list_checkpoints(config.run.run_dir / "checkpoints"))])
+    newest = int(world.max_(torch.tensor(reached, device=world.device)).item())
+
     def claim() -> tuple[Path | None, Mapping[str, Any]]:
+        if newest > reached and config.run.mirror is None:
+            own = f"up to step {reached}" if reached >= 0 else "nothing"
+            raise UserError(
+                f"{config.run.run_dir} holds this run up to step {newest} on another machine, and on rank 0's, "
+                f"{platform.node()}, {own}; give --run-dir a directory that all machines share, or copy it there"
+            )
         lock_file, start, checkpoint = claim_directory(config, world, dataset, say)
         claimed.append((lock_file, checkpoint))
         return start, {} if checkpoint is None else dict(checkpoint.training)
@@ -156,6 +179,10 @@ def set_up(config: Config, world: World) -> Run:
         step=step,
         sequences_read=sequences_read,
         val_loss=training.get("val_loss"),
+        best_val_loss=min(
+            (loss for name in ("best_val_loss", "val_loss") if (loss := training.get(name)) is not None),
+            default=math.inf,
+        ),
         saved_step=step if training else -1,
     )
 
@@ -230,6 +257,28 @@ def lock_run(run: Path) -> FileIO:
         file.close()
         raise UserError(f"another process is training in {run}; wait for it or choose another --run")
     return file
+
+
+def open_mirror(run: RunConfig, say: Callable[[str], None]) -> Mirror | None:
+    """The run's second copy; None where it has none."""
+
+    def retained(trainings: Mapping[str, Any]) -> set[str]:
+        newest = sorted(trainings, key=lambda name: int(trainings[name]["step"]))[-run.keep :]
+        return {*newest, *worth_keeping(trainings, run.keep_every)}
+
+    return None if run.mirror is None else Mirror(run.mirror, run.run_dir, retained, say)
+
+
+def restore_from_mirror(config: Config, world: World, say: Callable[[str], None]) -> None:
+    """Fetch what the mirror has and the run's directory lacks; rank 0 alone."""
+    run = config.run
+    if (mirror := open_mirror(run, say)) is None:
+        return
+    lock_file = lock_run(run.run_dir)
+    try:
+        mirror.restore(anew=run.resume == "never" and world.recall(f"claimed {run.run_dir}") is None)
+    finally:
+        lock_file.close()
 
 
 def claim_directory(
@@ -347,6 +396,8 @@ def open_outputs(
         position=metrics_position,
         dataset=name_of_data(dataset),
     )
+    if (mirror := open_mirror(run, metrics.message)) is not None:
+        mirror.start(step)
     writer = CheckpointWriter(
         run.run_dir / "checkpoints",
         config.model,
@@ -355,6 +406,7 @@ def open_outputs(
         run.keep_every,
         saved=metrics.checkpoint,
         warn=metrics.message,
+        mirror=mirror or NoMirror(),
     )
     return metrics, writer
 

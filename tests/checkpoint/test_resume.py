@@ -52,6 +52,7 @@ def changed(name: str) -> Config:
         "run.resume": "never",
         "run.init_from": "gpt2",
         "run.device": "cpu",
+        "run.mirror": "s3://bucket/run",
         "run.on": "8xH100",
     }.get(name)
     if new is None:

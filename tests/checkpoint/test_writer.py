@@ -10,6 +10,7 @@ from small_checkpoints import TINY, TOKENIZER, damage, make
 
 from gpt2.checkpoint import writer as checkpoint_writer
 from gpt2.checkpoint.directory import list_checkpoints, write_checkpoint
+from gpt2.checkpoint.mirror import NoMirror
 from gpt2.checkpoint.writer import CheckpointWriter, prune_checkpoints
 
 
@@ -26,6 +27,7 @@ def writer(directory: Path, said: list[object], keep: int = 3, keep_every: int =
         keep_every,
         saved=lambda step, path: said.append((step, path.name, threading.current_thread().name)),
         warn=said.append,
+        mirror=NoMirror(),
     )
 
 

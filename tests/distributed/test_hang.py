@@ -113,3 +113,19 @@ def test_the_recorder_keeps_what_the_user_has_set(tmp_path: Path, monkeypatch: p
     assert os.environ["TORCH_FR_BUFFER_SIZE"] == "5"
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "hang/collectives_rank")
+
+
+def test_each_start_keeps_its_evidence(tmp_path: Path) -> None:
+    left = {"stack_rank1.txt": "why", "collectives_rank1": "nccl's", "collectives_rank1.json": "ours"}
+    for start in (1, 2):
+        for name, text in left.items():
+            (tmp_path / name).write_text(f"{text} {start}")
+            os.utime(tmp_path / name, (0, 1e9 + start))
+        (tmp_path / "stack_rank10.txt").write_text("another's")
+        HangWatch(tmp_path, 1).close()
+        assert not [name for name in left if (tmp_path / name).exists()]
+    assert (tmp_path / "stack_rank10.txt").read_text() == "another's"
+    kept = sorted((path.name[16:], path.read_text()) for path in (tmp_path / "earlier").iterdir())
+    assert kept == sorted((name, f"{text} {start}") for name, text in left.items() for start in (1, 2))
+    HangWatch(tmp_path, 1).close()  # nothing new has happened
+    assert len(list((tmp_path / "earlier").iterdir())) == 6

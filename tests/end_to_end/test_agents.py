@@ -49,7 +49,7 @@ def steps_since(run: Path, start: int) -> int:
     return len(records(run, "train", start))
 
 
-@pytest.mark.parametrize("hits", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("hits", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_and_stalls_on_either_side_change_nothing(
     char_data: Path, tmp_path: Path, stall: Path, hits: int
 ) -> None:
@@ -57,15 +57,12 @@ def test_kills_and_stalls_on_either_side_change_nothing(
     settings = {"max_steps": 25 * hits, "dropout": 0.1, "micro_batch_size": 4, "eval_every": 20}
     run = tmp_path / "hit"
     words = flags(small(char_data, run, checkpoint_every=7, resume="never", **settings))
-    kinds = [(kind, side) for kind in ("kill", "stall") for side in (0, 1)] * (hits // 4)
+    kinds = ([("kill", 0), ("kill", 1), ("stall", 1), ("stall", 0)] * 5)[:hits]
     dice.shuffle(kinds)
-    with two_agents(words, restarts=hits) as agents:
+    with two_agents(words, restarts=2 * hits) as agents:  # each hit costs each agent one, and a busy machine may stall
         for number, (kind, side) in enumerate(kinds):
-            try:
-                alive = agents[0].until(lambda n=number: steps_since(run, n) > 3, 200)
-            except AssertionError:
-                alive = False
-            assert alive, "\n=====\n".join([str(kinds[:number]), *(agent.output() for agent in agents)])
+            start = max(number, len(records(run, "run_start")) - 1)
+            assert agents[0].until(lambda n=start: steps_since(run, n) > 3), agents[1].output()
             (victim,) = agents[side].workers()
             if kind == "kill":
                 os.kill(victim, signal.SIGKILL)
@@ -73,7 +70,7 @@ def test_kills_and_stalls_on_either_side_change_nothing(
                 stall.write_text(str(victim))
         ends = [agent.finish() for agent in agents]
     assert [code for code, _ in ends] == [0, 0], ends
-    assert len(records(run, "run_start")) == hits + 1
+    assert len(records(run, "run_start")) > hits
     code, output = finish(ROOT / "train_gpt2.py", flags(small(char_data, tmp_path / "whole", **settings)), 2)
     assert code == 0, output
     assert_same_bits(saved(tmp_path / "whole", 25 * hits), saved(run, 25 * hits))
@@ -83,7 +80,7 @@ def test_kills_and_stalls_on_either_side_change_nothing(
 
 def test_a_machine_joins_and_leaves(char_data: Path, tmp_path: Path, stall: Path) -> None:
     run = tmp_path / "run"
-    settings = {"max_steps": 200, "micro_batch_size": 4}
+    settings = {"max_steps": 100_000, "micro_batch_size": 4, "schedule": "constant", "learning_rate": 1e-3}
     words = flags(small(char_data, run, checkpoint_every=5, **settings))
     torchrun = agent_words("1:2", restarts=3)
     with Started(SCRIPT, words, 1, torchrun) as first:
@@ -91,13 +88,20 @@ def test_a_machine_joins_and_leaves(char_data: Path, tmp_path: Path, stall: Path
         with Started(SCRIPT, words, 1, torchrun) as second:
             assert first.until(lambda: steps_since(run, 1) > 5), second.output()
             (worker,) = second.workers()
-        os.kill(worker, signal.SIGKILL)  # the machine is gone, and its agent with it
+        with contextlib.suppress(ProcessLookupError):  # it may have noticed that its agent is gone
+            os.kill(worker, signal.SIGKILL)
+        assert first.until(lambda: records(run, "run_start")[-1]["world_size"] == 1)
+        start = len(records(run, "run_start")) - 1
+        assert first.until(lambda: steps_since(run, start) > 5)
+        os.kill(first.workers()[0], signal.SIGTERM)
         code, output = first.finish()
     assert code == 0, output
     sizes = [line["world_size"] for line in records(run, "run_start")]
     assert sizes[:2] == [1, 2]
     assert sizes[-1] == 1
-    code, output = finish(ROOT / "train_gpt2.py", flags(small(char_data, tmp_path / "whole", **settings)))
+    steps = max(losses(run))
+    config = small(char_data, tmp_path / "whole", **{**settings, "max_steps": steps})
+    code, output = finish(ROOT / "train_gpt2.py", flags(config))
     assert code == 0, output
-    assert losses(run).keys() == losses(tmp_path / "whole").keys()
-    assert list(losses(run).values()) == pytest.approx(list(losses(tmp_path / "whole").values()), abs=1e-4)
+    assert losses(run).keys() == losses(tmp_path / "whole").keys() == set(range(1, steps + 1))
+    assert list(losses(run).values()) == pytest.approx(list(losses(tmp_path / "whole").values()), abs=1e-3)

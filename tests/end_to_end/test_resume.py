@@ -372,3 +372,44 @@ def test_fine_tuning_with_a_shorter_context(char_data: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="no model at"):
         train(small(char_data, tmp_path / "d", init_from=str(tmp_path / "gone")))
     assert not (tmp_path / "d").exists()
+
+
+def test_the_best_checkpoint_is_saved_and_kept(char_data: Path, tmp_path: Path) -> None:
+    config = small(char_data, tmp_path, max_steps=12, eval_every=2, checkpoint_every=100, keep=1)
+    train(config, stop_after=6)
+    train(config)
+    losses_of = {line["step"]: line["loss"] for line in records(tmp_path, "val") if line["step"]}
+    best = min(losses_of, key=lambda step: losses_of[step])
+    assert tmp_path / f"checkpoints/step_{best:08d}" in list_checkpoints(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("by", ["link", "target"])
+def test_a_checkpoint_moved_elsewhere_and_linked_back_is_the_runs_own(char_data: Path, tmp_path: Path, by: str) -> None:
+    run, archive = tmp_path / "run", tmp_path / "archive"
+    settings = {"max_steps": 6, "checkpoint_every": 2}
+    train(small(char_data, tmp_path / "whole", **settings))
+    train(small(char_data, run, **settings))
+    archive.mkdir()
+    link = run / "checkpoints/step_00000004"
+    link.rename(archive / link.name)
+    link.symlink_to(archive / link.name)
+    (archive / "step_00000009").mkdir()  # of another run
+    train(small(char_data, run, resume=str(link if by == "link" else archive / link.name), **settings))
+    assert_same_bits(saved(tmp_path / "whole", 6), saved(run, 6))
+    assert (archive / "step_00000009").is_dir()
+    assert [path.name for path in (run / "checkpoints").glob("superseded_*")] == ["superseded_step_00000006"]
+    train(small(char_data, run, **{**settings, "max_steps": 12, "keep": 1}, allow_config_change=True))
+    assert not link.is_symlink()  # retention removes the link, and leaves what it led to
+    assert (archive / link.name / "model.safetensors").is_file()
+
+
+def test_machines_take_turns_over_a_mirror(char_data: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 30, "checkpoint_every": 4, "eval_every": 10, "dropout": 0.1}
+    train(small(char_data, tmp_path / "whole", **settings))
+    for turn, stop in enumerate((7, 13, 22, None)):
+        machine = tmp_path / "ab"[turn % 2]
+        train(small(char_data, machine, mirror=str(tmp_path / "mirror"), **settings), stop_after=stop)
+    assert_same_bits(saved(tmp_path / "whole", 30), saved(machine, 30))
+    assert losses(machine) == losses(tmp_path / "whole")
+    assert losses(machine, "val") == losses(tmp_path / "whole", "val")
+    assert [line["resumes_at"] > 0 for line in records(machine, "run_start")] == [False, True, True, True]

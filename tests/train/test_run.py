@@ -39,3 +39,19 @@ def test_the_loader_begins_where_the_run_stands(char_data: Path, tmp_path: Path)
         assert all(bool((a == b).all()) for a, b in zip(second[0], again[0], strict=True))
     finally:
         close(run, "error")
+
+
+def test_a_checkpoint_is_due_where_an_evaluation_is_the_best(char_data: Path, tmp_path: Path) -> None:
+    run = set_up(small(char_data, tmp_path, checkpoint_every=100), ALONE)
+    try:
+        run.evaluated(5.0)  # before the first step there is nothing to save
+        assert not run.save_due
+        for loss, due in ((4.0, True), (4.0, False), (None, False), (float("nan"), False), (3.9, True), (4.5, False)):
+            run.advance()
+            run.save_due = False
+            run.evaluated(loss)
+            assert run.save_due == due, loss
+            assert run.val_loss is loss
+        assert run.best_val_loss == 3.9
+    finally:
+        close(run, "error")

@@ -9,16 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_runs import environment
+from small_runs import ALONE, environment, small, train
 
 from gpt2.config import RunConfig
+from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.metrics.reference import corpus_of
 from gpt2.prepare.small_dataset import write_dataset
 from gpt2.presets import presets
 from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.tokenizer import CharTokenizer, gpt2_tokenizer
-from gpt2.train.setup import lock_run, name_of_data, with_datas_vocabulary, with_possible_prompt
+from gpt2.train.setup import lock_run, name_of_data, set_up, with_datas_vocabulary, with_possible_prompt
 
 HOLD = "import sys, time; from pathlib import Path; from gpt2.train.setup import lock_run\n"
 HOLD += "file = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
@@ -88,3 +89,17 @@ def test_baselines_follow_the_recorded_source(tmp_path: Path, name: str, descrip
     source = {"description": description, "revision": None}
     dataset = write_dataset(tmp_path, tokens, tokens, gpt2_tokenizer(), name=name, source=source)
     assert corpus_of(name_of_data(dataset)) == corpus
+
+
+@pytest.mark.parametrize(("own", "words"), [(0, "nothing"), (2, "up to step 2")])
+def test_a_machine_that_is_ahead_of_rank_0s_is_told_of(
+    char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: int, words: str
+) -> None:
+    config = small(char_data, tmp_path / "run", max_steps=2)
+    if own:
+        train(config)
+    monkeypatch.setattr(World, "max_", lambda self, tensor: tensor.clamp(min=7))  # another machine's directory
+    with pytest.raises(
+        UserError, match=f"up to step 7 on another machine, and on rank 0's, .*, {words}; give --run-dir"
+    ):
+        set_up(config, ALONE)
