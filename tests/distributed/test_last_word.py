@@ -23,9 +23,9 @@ def test_two_processes_that_differ_are_refused_by_name_once(char_data: Path, tmp
     script.write_text(DIFFERENT.format(script=str(ROOT / "train_gpt2.py")))
     config = small(char_data, tmp_path / "run", micro_batch_size=4)
     with Started(script, flags(config), 2, ("--max-restarts=5", "--monitor-interval=0.1")) as started:
-        code, output = started.finish()
+        code, output = started.finish(600)
         assert code == 1, output
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not started.output().rstrip().endswith("start them alike") and time.monotonic() < deadline:
             time.sleep(0.05)
         output = started.output()

@@ -43,11 +43,11 @@ def test_a_signal_saves_and_the_exit_code_says_so(char_data: Path, tmp_path: Pat
     config = small(char_data, run, max_steps=100_000, micro_batch_size=4, warmup_steps=5)
     process = start(flags(config), output)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while len(records(run)) < 4 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.Signals[name])
-        assert process.wait(240) == code, output.read_text()
+        assert process.wait(600) == code, output.read_text()
     finally:
         process.kill()
     (last,) = list_checkpoints(run / "checkpoints")
