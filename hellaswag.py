@@ -28,12 +28,19 @@ from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
 from gpt2.hellaswag.rows import CONVENTIONS
 from gpt2.hellaswag.score import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Result, evaluate_hellaswag
-from gpt2.metrics.console import duration
-from gpt2.metrics.reference import GPT2_HELLASWAG, GPT2_HELLASWAG_HARNESS, GPT3_HELLASWAG, HELLASWAG_CHANCE, SHAPES
+from gpt2.metrics.reference import (
+    GPT2_HELLASWAG,
+    GPT2_HELLASWAG_HARNESS,
+    GPT3_HELLASWAG,
+    HELLASWAG_CHANCE,
+    SHAPES,
+    wilson,
+)
 from gpt2.model.compile import compile_model
 from gpt2.model.gpt import GPT, load_pretrained
 from gpt2.model.pretrained import resolve_model
 from gpt2.precision import resolve_dtype
+from gpt2.progress import columns_of, duration, table
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -96,7 +103,8 @@ class Progress:
         line = f"{self.label}  {fraction:4.0%}  {rate:,.1f} examples/s  {left} left"
         if self.terminal:
             bar = "█" * round(24 * fraction)
-            line = f"\r\x1b[K{bar:░<24} {line}"
+            line = f"{bar:░<24} {line}"
+            line = f"\r\x1b[K{line[: (columns_of(sys.stderr) or 200) - 1]}"  # one that wraps could not be wiped
         print(line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -147,15 +155,16 @@ def entry(spec: str, directory: Path, model: GPT, result: Result) -> dict[str, A
     }
 
 
-def percent(value: float | None, stderr: float | None = None) -> str:
-    """28.92 ± 0.45, or – where there is nothing to tell."""
+def percent(value: float | None, examples: int = 0) -> str:
+    """28.92, of so many examples 28.92 (28.04 to 29.81), or – where there is nothing to tell."""
     if value is None:
         return "–"
-    return f"{100 * value:.2f}" + (f" ± {100 * stderr:.2f}" if stderr is not None else "")
+    low, high = wilson(value, examples)
+    return f"{100 * value:.2f}" + (f" ({100 * low:.2f} to {100 * high:.2f})" if examples else "")
 
 
-def table(entries: list[dict[str, Any]]) -> str:
-    """The results in columns; in percent."""
+def results(entries: list[dict[str, Any]], columns: int | None = None) -> str:
+    """The results in columns that a terminal has room for; in percent."""
     header = ["model", "convention", "acc", "acc_norm", "GPT-2 acc", "GPT-2 acc_norm", "GPT-3", "examples/s"]
     lines = [header]
     for e in entries:
@@ -164,26 +173,20 @@ def table(entries: list[dict[str, Any]]) -> str:
             [
                 f"{e['model']} ({e['parameters'] / 1e6:,.1f} M)",
                 e["convention"],
-                percent(e["acc"], e["acc_stderr"]),
-                percent(e["acc_norm"], e["acc_norm_stderr"]),
+                percent(e["acc"], e["labelled"]),
+                percent(e["acc_norm"], e["labelled"]),
                 percent(reference["gpt2_acc"]),
                 percent(reference["gpt2_acc_norm"]),
                 percent(reference["gpt3"]),
                 f"{e['examples_per_second']:,.1f}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return table(lines, columns, left=2)
 
 
 def notes(entries: list[dict[str, Any]]) -> list[str]:
     """What one must know to read the table."""
-    lines = [f"Percent, ± one standard error; guessing gives {100 * HELLASWAG_CHANCE:.2f}."]
+    lines = [f"Percent, with 95 % intervals; guessing gives {100 * HELLASWAG_CHANCE:.2f}."]
     if any(e["reference"]["size"] for e in entries):
         lines[0] += " GPT-2 and GPT-3: published models of the same size, GPT-2 by the same convention."
     unlabelled = max(e["examples"] - e["labelled"] for e in entries)
@@ -252,7 +255,7 @@ def run(args: argparse.Namespace, this: World) -> None:
     source = str(args.data) if args.data is not None else args.split
     processes = f", {this.size} processes" if this.size > 1 else ""
     print(f"HellaSwag {source}: {len(examples):,} examples, {args.dtype} on {this.device.type}{processes}\n")
-    print(table(entries) + "\n")
+    print(results(entries, columns_of(sys.stdout)) + "\n")
     print("\n".join(notes(entries)))
     if args.json is not None:
         summary = {

@@ -172,6 +172,31 @@ def presets() -> dict[str, tuple[str, Config]]:
             # Learning rate and second beta are nanoGPT's for models of characters.
             _shakespeare_char("shakespeare-char-plain", OptimConfig(learning_rate=1e-3, beta2=0.99, warmup_steps=50)),
         ),
+        "finetune": (
+            "GPT-2's published weights on Shakespeare, as in nanoGPT's example; see docs/finetune.md",
+            Config(
+                data=DataConfig(
+                    data=Path("data/shakespeare"),
+                    micro_batch_size=4,
+                    total_batch_tokens=32_768,  # 32 sequences
+                    val_tokens=1_000_000,  # the whole split
+                ),
+                optim=OptimConfig(learning_rate=3e-5, schedule="constant", warmup_steps=0),
+                run=RunConfig(
+                    run_dir=Path("runs/finetune"),
+                    init_from="openai-community/gpt2",
+                    max_steps=20,
+                    eval_every=5,
+                    log_every=1,
+                    hellaswag_limit=0,
+                    num_samples=1,
+                    sample_tokens=100,
+                    sample_prompt="ROMEO:",
+                    checkpoint_every=5,
+                    keep=1,  # and the best
+                ),
+            ),
+        ),
         "debug": (
             "a tiny GPT, seconds on anything: to see that all parts run",
             Config(

@@ -1,9 +1,12 @@
-"""How far a long job over tokens has come: a bar on a terminal, a plain line now and then in a log."""
+"""How far a long job over tokens has come, as a bar or as lines of a log; and text that fits into a terminal."""
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 _BAR_WIDTH = 24
@@ -18,6 +21,41 @@ def duration(seconds: float) -> str:
         if whole < large * (60 if large == 60 else 48):
             return f"{whole // large} {large_name} {whole % large // small} {small_name}"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def columns_of(stream: TextIO | None) -> int | None:
+    """How many columns the terminal behind a stream has; None where there is no terminal."""
+    return (shutil.get_terminal_size().columns or None) if stream is not None and stream.isatty() else None
+
+
+def wrapped(line: str, indent: int, columns: int | None) -> str:
+    """A line broken between words where it is longer than a terminal, what follows indented; None: as it is."""
+    if columns is None or len(line) <= columns:
+        return line
+    width, rest = max(columns, indent + 20), " " * indent
+    return textwrap.fill(line, width, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
+
+
+def table(rows: Sequence[Sequence[str]], columns: int | None = None, left: int = 10**6) -> str:
+    """Rows below a head, in columns; where a terminal is too narrow for them, each row as lines of name and cell.
+
+    Args:
+        rows: the head first.
+        columns: the terminal's; None: any number.
+        left: columns from the first one that are flush left; the others are flush right.
+    """
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
+        head = max(map(len, rows[0]))
+        named = [[f"{name:<{head}}  {cell}" for name, cell in zip(rows[0], row, strict=True)] for row in rows[1:]]
+        return "\n\n".join("\n".join(lines) for lines in named)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 class TokenProgress:
@@ -72,7 +110,9 @@ class TokenProgress:
         full = round(_BAR_WIDTH * fraction)
         if self._terminal:
             bar = "█" * full + "░" * (_BAR_WIDTH - full)
-            self._stream.write(f"\r\x1b[K{self._label} {bar} {fraction:4.0%} · " + " · ".join(parts))
+            line = f"{self._label} {bar} {fraction:4.0%} · " + " · ".join(parts)
+            columns = columns_of(self._stream) or len(line) + 1
+            self._stream.write(f"\r\x1b[K{line[: columns - 1]}")  # one that wraps could not be wiped
             self._drawn = True
         else:
             self._stream.write(f"{self._label} {fraction:.0%}: " + ", ".join(parts) + "\n")

@@ -13,6 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
+from gpt2.progress import columns_of, table
+from gpt2.report.compare import INCIDENTAL
+from gpt2.report.content import differences
 from gpt2.report.plots import short
 from gpt2.report.runs import RecordedRun, find_runs, open_run
 
@@ -37,12 +40,20 @@ def row(run: RecordedRun, name: str) -> tuple[str, ...]:
     )
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Cells in columns as wide as their longest."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows
-    )
+def differing(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Sequence[str]]:
+    """Rows of the settings in which runs differ, where they write and what they only show aside; empty: none."""
+    if len(runs) < 2:
+        return []
+    rows = [row for row in differences([run.config for run in runs]) if row["name"].split(".")[1] not in INCIDENTAL]
+    seeds = [str(run.config.get("run", {}).get("seed", "-")) for run in runs]
+    found = [(row["name"].split(".")[1], *map(shown, row["values"])) for row in rows]
+    found += [("seed", *seeds)] if len(set(seeds)) > 1 else []
+    return [("setting", *names), *found] if found else []
+
+
+def shown(value: object) -> str:
+    """A setting's value in a cell."""
+    return "-" if value is None else visible(str(value))
 
 
 def main() -> int:
@@ -53,16 +64,21 @@ def main() -> int:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give one that holds runs")
     rows: list[tuple[str, ...]] = [HEAD]
-    unreadable = []
+    unreadable, runs = [], []
     for path in find_runs(directory):
         try:
+            run = open_run(path)
             name = "." if path == directory else visible(str(path.relative_to(directory)))
-            rows.append(tuple(visible(cell) for cell in row(open_run(path), name)))
+            rows.append(tuple(visible(cell) for cell in row(run, name)))
+            runs.append(run)
         except UserError as error:
             unreadable.append(str(error))
     if len(rows) == 1 and not unreadable:
         raise UserError(f"no run below {directory}; train one with train_gpt2.py, or give another directory")
-    print(table(rows))
+    columns = columns_of(sys.stdout)
+    print(table(rows, columns))
+    if different := differing(runs, [cells[0] for cells in rows[1:]]):
+        print(f"\n{table(different, columns)}")
     for message in unreadable:
         print(visible(f"left out: {message}"))
     return 0

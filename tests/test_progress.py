@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from gpt2.progress import TokenProgress, duration
+from gpt2.progress import TokenProgress, duration, table, wrapped
 
 
 class Clock:
@@ -73,3 +73,43 @@ def test_a_terminal_gets_a_bar_that_is_wiped_at_the_end(clock: Clock) -> None:
     quiet = Terminal()
     TokenProgress("tokenizing", stream=quiet).close()
     assert quiet.getvalue() == ""
+
+
+ROWS = [("run", "tokens", "last checkpoint"), ("gpt2", "10 B", "checkpoints/step_00019073"), ("b", "-", "-")]
+
+
+def test_a_table_in_columns() -> None:
+    assert table(ROWS, left=1) == (
+        "run   tokens            last checkpoint\n"
+        "gpt2    10 B  checkpoints/step_00019073\n"
+        "b          -                          -"
+    )
+    assert table(ROWS, columns=39) == table(ROWS)
+    assert table(ROWS).splitlines()[2] == "b     -       -"  # nothing behind the last cell
+
+
+def test_a_table_for_a_terminal_too_narrow_for_it() -> None:
+    narrow = table(ROWS, columns=38)
+    assert narrow == (
+        "run              gpt2\ntokens           10 B\nlast checkpoint  checkpoints/step_00019073\n"
+        "\nrun              b\ntokens           -\nlast checkpoint  -"
+    )
+
+
+def test_a_line_is_broken_between_words_alone() -> None:
+    line = "data       data/my-very-long-name: 1,000 tokens to train on"
+    assert wrapped(line, 11, None) == wrapped(line, 11, 80) == line
+    assert wrapped(line, 11, 45) == "data       data/my-very-long-name: 1,000\n           tokens to train on"
+    assert wrapped("x" * 50 + " y", 11, 40) == "x" * 50 + "\n" + " " * 11 + "y"
+
+
+def test_a_bar_never_fills_the_terminals_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (60, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        clock.now, stream = 0.0, Terminal()
+        progress = TokenProgress("tokenizing data/fineweb_edu_10B", stream=stream)
+        clock.now = 1.0
+        progress.update(5_000_000, 0.5, note="shard 12 of 103, 1.2 GB/s read")
+        drawn = stream.getvalue().removeprefix("\r\x1b[K")
+        assert 0 < len(drawn) < columns
+        assert "\r" not in drawn

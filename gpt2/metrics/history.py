@@ -160,3 +160,20 @@ def read_metrics(path: Path) -> History:
         everything=tuple(line.record for line in lines),
         torn=len(parsed) - len(lines),
     )
+
+
+def time_spent(records: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """Wall time of a run, and wall time × processes, in seconds.
+
+    Args:
+        records: all there are, in the file's order: what was later superseded was spent, too.
+    """
+    wall, devices, world_size = 0.0, 0.0, 1
+    for record in records:
+        if record["kind"] == "run_start":
+            world_size = int(record.get("world_size", 1))
+        seconds = record.get("seconds")
+        if isinstance(seconds, dict):
+            spent = sum(map(float, seconds.values()))
+            wall, devices = wall + spent, devices + world_size * spent
+    return wall, devices

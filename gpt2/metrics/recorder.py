@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from gpt2.config import Config, config_difference
-from gpt2.errors import UserError
+from gpt2.errors import UserError, visible
 from gpt2.hardware import environment, memory_bytes, peak_flops
 from gpt2.metrics import reference
 from gpt2.metrics.console import Status, open_console
@@ -33,6 +34,11 @@ EndReason = Literal["finished", "stopped", "nonfinite", "spike", "error"]
 
 SMOOTHING = 0.9
 """Weight of the past in the bar's smoothed loss, a logged step."""
+
+
+def readable(text: str) -> str:
+    """A text as a person can read it in a terminal: control characters written out, blank lines left out."""
+    return re.sub(r"\s*\n", "\n", visible(text, keep="\n\t").strip()) or repr(text)
 
 
 class Metrics:
@@ -260,7 +266,8 @@ class Metrics:
             },
         )
         self._scalars(step, {"hellaswag/acc": acc, "hellaswag/acc_norm": acc_norm})
-        text = f"HellaSwag {acc_norm:.2%} ± {stderr:.2%}, {examples:,} examples"
+        low, high = reference.wilson(acc_norm, examples)
+        text = f"HellaSwag {acc_norm:.2%} ({low:.2%} to {high:.2%}), {examples:,} examples"
         beside = None
         if convention == "completion":
             beside = reference.hellaswag_beside_gpt2(self.size, acc_norm)
@@ -276,12 +283,13 @@ class Metrics:
         tokens = self._tokens(step)
         self._write("sample", step, {"tokens": tokens, "prompt": prompt, "text": text})
         self._tell(lambda sink: sink.sample(step, prompt, text))
-        self.message(f"   sample: {prompt}{text}".replace("\n", "\n   "))
+        self.message(f"   sample: {readable(prompt + text)}".replace("\n", "\n   "))
 
     def checkpoint(self, step: int, path: Path) -> None:
-        """Record that a checkpoint is complete."""
+        """Record that a checkpoint is complete, and say so."""
         self._write("checkpoint", step, {"path": os.path.relpath(path, self.run)})
         self._tell(lambda sink: sink.checkpoint(step, path))
+        self.message(f"step {step:>{len(str(self.total_steps))}} | checkpoint {path}")
 
     def skip(self, step: int, reason: str, loss: float, grad_norm: float) -> None:
         """Record an update that was not made.

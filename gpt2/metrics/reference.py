@@ -54,6 +54,21 @@ GPT3_HELLASWAG: Mapping[Size, float] = {"124M": 0.337, "350M": 0.436, "774M": 0.
 HELLASWAG_CHANCE = 0.25
 """Accuracy of guessing: four endings."""
 
+
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """95 % confidence interval of a rate over n draws that are 0 or 1 (Wilson 1927, equation 4): within [0, 1].
+
+    Args:
+        rate: mean of the draws.
+        n: how many; 0: nothing is known.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z2 = 1.959964**2 / n
+    middle, reach = rate + z2 / 2, (z2 * (rate * (1 - rate) + z2 / 4)) ** 0.5
+    return max((middle - reach) / (1 + z2), 0.0), min((middle + reach) / (1 + z2), 1.0)
+
+
 RECIPE_TOKENS_PER_STEP = 524_288
 """Tokens per step of the runs that the milestones are from."""
 

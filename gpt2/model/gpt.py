@@ -336,10 +336,13 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         """Parameters a checkpoint holds: tied ones once, the vocabulary's padding not at all."""
-        config = self.config
-        widths = config.n_embd * (1 if config.tie_embeddings else 2) + config.head_bias  # of one row of the vocabulary
-        padding = (config.padded_vocab_size - config.softmax_size) * widths
-        return sum(p.numel() for p in self.parameters()) - padding
+        return sum(self.size_of(name, parameter) for name, parameter in self.named_parameters())
+
+    def size_of(self, name: str, parameter: Tensor) -> int:
+        """Elements of a named parameter, without the vocabulary's padding."""
+        if not name.startswith(("wte.", "lm_head.")):
+            return parameter.numel()
+        return parameter.numel() // self.config.padded_vocab_size * self.config.softmax_size
 
     def flops_per_token(self, length: int | None = None) -> float:
         """Floating-point operations to train on one token: 6 N + 6 L C T, for causal attention counted once.

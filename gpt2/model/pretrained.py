@@ -128,6 +128,8 @@ def resolve_model(spec: str | Path) -> Path:
     if checkpoints != path or path.name == "checkpoints":
         raise UserError(f"the run {path} holds no complete checkpoint yet")
     if (path / "config.json").is_file():
+        if (path / "environment.json").is_file():  # both are a run's
+            raise UserError(f"the run {path} holds no complete checkpoint yet")
         return path
     if path.exists() and str(spec) not in _OPENAI_NAMES:
         raise UserError(f"{path} is not a model: a directory with config.json and model.safetensors is needed")

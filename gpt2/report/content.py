@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -84,7 +85,8 @@ def milestones(runs: Sequence[RecordedRun]) -> list[dict[str, Any]]:
     for index, run in enumerate(runs):
         published = reference.published(run.corpus, run.config)
         if published is not None:
-            points = [[step * reference.RECIPE_TOKENS_PER_STEP, loss] for step, loss in published.points]
+            at = {"tokens": reference.RECIPE_TOKENS_PER_STEP, "step": 1}
+            points = {key: [[step * each, loss] for step, loss in published.points] for key, each in at.items()}
             entry = {"label": published.label, "points": points, "runs": []}
             found.setdefault(published.label, entry)["runs"].append(index)
     return list(found.values())
@@ -144,13 +146,32 @@ def json_number(value: float | None) -> float | int | None:
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
-def _curve(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """Train lines as parallel lists; "tokens" is the end of each part."""
+def _elapsed(train: Sequence[Record]) -> Callable[[int], float]:
+    """Hours that a run had taken at a step, with all it does between steps, as far as its train lines tell."""
+    steps = [record["step"] for record in train]
+    parts = [record.get("seconds") for record in train]
+    spent = [sum(map(float, part.values())) / 3600 if isinstance(part, dict) else 0.0 for part in parts]
+    hours = [0.0, *itertools.accumulate(spent)]
+    return lambda step: float(f"{hours[bisect_right(steps, step)]:.6g}")
+
+
+def _seconds_left(run: RecordedRun) -> float | None:
+    """Until the last step, at the pace of the last lines; None where they do not tell."""
+    last, total = run.records("train")[-50:], run.start.get("total_steps")
+    if len(last) < 2 or type(total) is not int:
+        return None
+    pace = (last[-1]["time"] - last[0]["time"]) / (last[-1]["step"] - last[0]["step"])
+    return max(pace * (total - run.step), 0.0)
+
+
+def _curve(records: Sequence[Record], elapsed: Callable[[int], float]) -> dict[str, list[Any]]:
+    """Train lines as parallel lists; "tokens" is the end of each part, as are "step" and "hours"."""
     count = min(len(records), MAX_POINTS)
     ends = [len(records) * (part + 1) // count - 1 for part in range(count)] if count else []
     curve: dict[str, list[Any]] = {
         "tokens": [int(records[end]["tokens"]) for end in ends],
         "step": [records[end]["step"] for end in ends],
+        "hours": [elapsed(records[end]["step"]) for end in ends],
     }
     for name, (field, largest) in CURVES.items():
         values = [math.nan if record.get(field) is None else float(record[field]) for record in records]
@@ -180,6 +201,8 @@ def _run(run: RecordedRun, name: str, price: float | None, now: float | None) ->
     val = run.records("val")
     hellaswag = run.records("hellaswag")
     baseline = reference.gpt2_val_loss(run.corpus, run.size)
+    intervals = [reference.wilson(r["acc_norm"], int(r["examples"])) for r in hellaswag]
+    elapsed = _elapsed(run.records("train"))
     return {
         "name": name,
         "status": run.status(now),
@@ -196,11 +219,13 @@ def _run(run: RecordedRun, name: str, price: float | None, now: float | None) ->
         "mfu": json_number(run.mfu),
         "device_hours": json_number(hours),
         "cost": None if price is None else json_number(hours * price),
+        "seconds_left": json_number(_seconds_left(run)) if run.status(now) == "running" else None,
         "seconds": {phase: json_number(value) for phase, value in run.seconds.items()},
-        "train": _curve(run.records("train")),
+        "train": _curve(run.records("train"), elapsed),
         "val": {
             "tokens": [int(r["tokens"]) for r in val],
             "step": [r["step"] for r in val],
+            "hours": [elapsed(r["step"]) for r in val],
             "loss": [json_number(r["loss"]) for r in val],
             "bits_per_byte": [json_number(bits_per_byte(r)) for r in val],
             "val_tokens": sorted({int(r["val_tokens"]) for r in val}),
@@ -208,7 +233,9 @@ def _run(run: RecordedRun, name: str, price: float | None, now: float | None) ->
         "hellaswag": {
             "tokens": [int(r["tokens"]) for r in hellaswag],
             "step": [r["step"] for r in hellaswag],
-            **{key: [json_number(r[key]) for r in hellaswag] for key in ("acc", "acc_norm", "stderr")},
+            "hours": [elapsed(r["step"]) for r in hellaswag],
+            **{key: [json_number(r[key]) for r in hellaswag] for key in ("acc", "acc_norm")},
+            **{key: [json_number(i[end]) for i in intervals] for end, key in enumerate(("low", "high"))},
             "examples": sorted({int(r["examples"]) for r in hellaswag}),
             "convention": sorted({str(r.get("convention", "completion")) for r in hellaswag}),
         },
@@ -222,6 +249,7 @@ def _run(run: RecordedRun, name: str, price: float | None, now: float | None) ->
         "starts": [
             {
                 "step": start["step"],
+                "hours": elapsed(start["step"]),
                 "time": start["time"],
                 "world_size": start.get("world_size"),
                 "changed": start.get("config_changed", {}),

@@ -122,7 +122,7 @@ def _loss(ax: Axes, report: Mapping[str, Any]) -> None:
             ax.plot(val["tokens"], losses, color=color, linewidth=2, marker=marker, ms=3.5, label=f"{prefix}validation")
     last = max((run["tokens"] for run in report["runs"]), default=0)
     for entry in report["milestones"]:
-        points = [point for point in entry["points"] if point[0] <= last * 1.02]
+        points = [point for point in entry["points"]["tokens"] if point[0] <= last * 1.02]
         if points:
             xs, ys = zip(*points, strict=True)
             ax.scatter(xs, ys, marker="D", facecolors="none", edgecolors=_tint(report, entry), label=entry["label"])
@@ -173,10 +173,9 @@ def _hellaswag(ax: Axes, report: Mapping[str, Any]) -> None:
         if not scores["tokens"]:
             continue
         color = COLORS[index % len(COLORS)]
-        middle, error = _numbers(scores["acc_norm"]), _numbers(scores["stderr"])
-        name = f"{_prefix(report, run)}acc_norm ± 2 standard errors"
+        middle, low, high = (_numbers(scores[name]) for name in ("acc_norm", "low", "high"))
+        name = f"{_prefix(report, run)}acc_norm and its 95 % interval"
         ax.plot(scores["tokens"], middle, color=color, linewidth=2, marker="o", ms=3.5, label=name)
-        low, high = ([m + side * e for m, e in zip(middle, error, strict=True)] for side in (-2, 2))
         ax.fill_between(scores["tokens"], low, high, color=color, alpha=0.15, linewidth=0)
     for entry in report["hellaswag_lines"]:
         _reference_line(ax, report, entry, f"{entry['value']:.2%}")

@@ -15,7 +15,7 @@ from gpt2.config import config_difference
 from gpt2.errors import UserError
 from gpt2.files import lock
 from gpt2.metrics import reference
-from gpt2.metrics.history import METRICS_FILE, History, read_metrics
+from gpt2.metrics.history import METRICS_FILE, History, read_metrics, time_spent
 from gpt2.presets import presets
 
 SILENCE_SECONDS = 600.0
@@ -137,12 +137,7 @@ class RecordedRun:
     @property
     def device_seconds(self) -> float:
         """Wall time × processes, over all starts."""
-        total, world_size = 0.0, 1
-        for line in self.history.everything:
-            if line["kind"] == "run_start":
-                world_size = int(line.get("world_size", 1))
-            total += world_size * sum(_add_seconds([line]).values())
-        return total
+        return time_spent(self.history.everything)[1]
 
     def status(self, now: float | None = None) -> str:
         """ "running", how it ended ("finished", "stopped", "nonfinite", "spike", "error"), or "crashed".

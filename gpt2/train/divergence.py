@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.distributed.fsdp import FSDPModule
 
 from gpt2.metrics.recorder import EndReason
 from gpt2.tokens.loader import Loader
+from gpt2.train.nan_report import first_nonfinite
 from gpt2.train.run import Run
-from gpt2.train.step import MicroBatches, PendingNumbers, StepNumbers, ranks_with_bad_gradient, seed_step
+from gpt2.train.step import MicroBatches, PendingNumbers, StepNumbers, seed_step
 
 MAX_SKIPS_IN_A_ROW = 5
 
@@ -20,13 +22,22 @@ class Diverged(Exception):
     Args:
         message: what happened, and in which step.
         reason: how `run_end` records it.
-        hint: what may help.
+        circumstances: lines about where it happened.
+        flags: what to add to the command that resumes the run, each with what it does.
+        hint: what to do where no such flag helps.
     """
 
-    def __init__(self, message: str, reason: EndReason, hint: str):
+    def __init__(
+        self,
+        message: str,
+        reason: EndReason,
+        circumstances: Sequence[str] = (),
+        flags: Mapping[str, str] | None = None,
+        hint: str = "",
+    ):
         super().__init__(message)
         self.reason: EndReason = reason
-        self.hint = hint
+        self.circumstances, self.flags, self.hint = circumstances, dict(flags or {}), hint
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ def digest(run: Run, pending: PendingStep, loader: Loader) -> None:
     run.writer.busy()  # reports a checkpoint that has been written meanwhile
     if numbers.updated:
         run.skips_in_a_row = 0
+        run.last_norms.append(numbers.grad_norm)
     else:
         _judge_skip(run, pending, numbers)
     if pending.step % run.config.run.log_every == 0 or pending.step == run.config.run.max_steps:
@@ -70,32 +82,52 @@ def digest(run: Run, pending: PendingStep, loader: Loader) -> None:
 def _judge_skip(run: Run, pending: PendingStep, numbers: StepNumbers) -> None:
     """Stop, or record that an update was left out."""
     if numbers.nonfinite and run.config.run.on_nonfinite == "stop":
-        raise Diverged(
-            _describe_nonfinite(run, pending, numbers.bad_ranks),
-            "nonfinite",
-            "--on-nonfinite skip --allow-config-change, added to it, leaves such steps out",
-        )
+        raise _diverged(run, pending, numbers)
     run.skips_in_a_row += 1
     reason: EndReason = "nonfinite" if numbers.nonfinite else "spike"
     run.metrics.skip(pending.step, reason, numbers.loss, numbers.grad_norm)
     if run.skips_in_a_row == MAX_SKIPS_IN_A_ROW:
-        raise Diverged(
-            f"{run.skips_in_a_row} updates in a row were skipped, the last at step {pending.step} "
-            f"(loss {numbers.loss}, gradient norm {numbers.grad_norm})",
-            reason,
-            "a lower --learning-rate"
-            + (" or a higher --spike-zscore" if reason == "spike" else "")
-            + " may help; --allow-config-change lets this run continue with it",
-        )
+        raise _diverged(run, pending, numbers)
 
 
-def _describe_nonfinite(run: Run, pending: PendingStep, bad_ranks: list[int]) -> str:
-    """Where a value that is not finite came from; every process must ask together."""
-    what = "the loss"
-    if not bad_ranks:
-        what = "the gradient"
-        if not isinstance(run.model, FSDPModule):  # no process has the gradient of a sharded model by itself
-            seed_step(run.config.run.seed, pending.step - 1, run.world.rank)
-            bad_ranks = ranks_with_bad_gradient(run.model, pending.batches, run.world, run.dtype)
-    where = f" on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else " after it was summed over all ranks"
-    return f"{what} is not finite{where} in step {pending.step}; the weights were not updated"
+def _diverged(run: Run, pending: PendingStep, numbers: StepNumbers) -> Diverged:
+    """What happened in a step that ends the run, and what may help; every process must ask together."""
+    settings, optim, step = run.config.run, run.config.optim, pending.step
+    norms = ", ".join(f"{norm:.3g}" for norm in run.last_norms) or "none"
+    circumstances = [f"learning rate {pending.lr:.3g} in that step; gradient norms of the last updates: {norms}"]
+    change = " --allow-config-change"
+    flags = {f"--learning-rate {optim.learning_rate / 2:.3g}{change}": "half the learning rate"}
+    if optim.grad_clip == 0:
+        flags[f"--grad-clip 1{change}"] = "no gradient is longer than 1"
+    reason: EndReason = "nonfinite" if numbers.nonfinite else "spike"
+    message = (
+        f"{run.skips_in_a_row} updates in a row were skipped, the last at step {step} "
+        f"(loss {numbers.loss}, gradient norm {numbers.grad_norm})"
+    )
+    if not numbers.nonfinite:
+        flags["--spike-zscore " + f"{2 * (settings.spike_zscore or 0):g}{change}"] = "more is no spike"
+        return Diverged(message, reason, circumstances, flags)
+    seed_step(settings.seed, step - 1, run.world.rank)
+    places = first_nonfinite(run.model, pending.batches, run.world, run.dtype)
+    bad_ranks = numbers.bad_ranks or [rank for rank, place in enumerate(places) if place is not None]
+    if settings.on_nonfinite == "stop":
+        what = "loss" if numbers.bad_ranks else "gradient"
+        where = f"on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "after it was summed over all ranks"
+        message = f"the {what} is not finite {where} in step {step}; the weights were not updated"
+    first = [f"{place} (rank {rank})" for rank, place in enumerate(places) if place is not None]
+    if first:
+        circumstances.append(f"done again, the step is first not finite in {', '.join(first[:4])}")
+    elif isinstance(run.model, FSDPModule):
+        circumstances.append("done again, the step's forward pass is finite in every process")
+    elif settings.compile:
+        circumstances.append("done again without the compiler, the step is finite: --no-compile may help")
+    else:
+        circumstances.append("done again, the step is finite: what went wrong is not in the weights or the data")
+    if any(place is not None and place.startswith("the weight") for place in places):
+        hint = "the weights themselves are not finite, so every step from here on fails: start from earlier ones"
+        return Diverged(message, reason, circumstances, hint=hint)
+    if run.dtype == "bf16":
+        flags[f"--dtype fp32{change}"] = "matrix products in fp32"
+    if settings.on_nonfinite == "stop":
+        flags[f"--on-nonfinite skip{change}"] = "leaves such steps out"
+    return Diverged(message, reason, circumstances, flags)

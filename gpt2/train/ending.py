@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
+from gpt2.checkpoint.directory import list_checkpoints
 from gpt2.config import Config
 from gpt2.distributed.signals import StopSignals
 from gpt2.distributed.world import World
 from gpt2.errors import UserError, first_line, outliving_output
+from gpt2.metrics.history import METRICS_FILE, read_metrics, time_spent
 from gpt2.metrics.recorder import EndReason
+from gpt2.progress import duration
 from gpt2.train.divergence import Diverged
 from gpt2.train.out_of_memory import explain, is_out_of_memory
 from gpt2.train.run import Run
@@ -82,7 +87,30 @@ def finish(run: Run, reason: EndReason, signals: StopSignals) -> int:
         run.say(f"stopped by {name} after step {run.step}; resume with: {resume_command(run)}")
     run.writer.close()
     close(run, reason)
+    if reason == "finished" and code == 0 and run.world.is_main:
+        with suppress(OSError, UserError):  # what was recorded cannot be read: the run is finished all the same
+            print("\n".join(made(run)), flush=True)
     return code
+
+
+def made(run: Run) -> list[str]:
+    """What a run that is finished has made, and what to do with it."""
+    history, directory = read_metrics(run.directory / METRICS_FILE), shlex.quote(str(run.directory))
+    val = [(record["loss"], record["step"]) for record in history.live if record["kind"] == "val"]
+    seconds, device_seconds = time_spent(history.everything)
+    lines = [f"{'done':<11}{run.step:,} steps in {duration(seconds)}, {device_seconds / 3600:,.2f} device-hours"]
+    if run.config.run.price is not None:
+        price = run.config.run.price
+        lines.append(f"{'cost':<11}{device_seconds / 3600 * price:,.2f} at {price:g} per device-hour")
+    if val:
+        loss, step = min(val, key=lambda pair: pair if pair[0] == pair[0] else (math.inf, 0))
+        best = "the best of all evaluations" if step == val[-1][1] else f"the best was {loss:.4f} at step {step:,}"
+        lines.append(f"{'loss':<11}{val[-1][0]:.4f} on the validation split at step {val[-1][1]:,}; {best}")
+    kept = list_checkpoints(run.directory / "checkpoints")
+    if kept:
+        lines.append(f"{'checkpoint':<11}{kept[-1]}" + (f", the newest of {len(kept)}" if len(kept) > 1 else ""))
+    commands = (f"sample.py -m {directory}", f"report.py {directory}", f"export.py {directory}@best DIR")
+    return lines + [f"{'next' if i == 0 else '':<11}python scripts/{words}" for i, words in enumerate(commands)]
 
 
 def close(run: Run, reason: EndReason) -> None:
@@ -97,13 +125,19 @@ def _diverged(run: Run, failure: Diverged) -> int:
     """Say what is not finite and how to continue; returns the exit code."""
     last = run.writer.newest()
     run.say(f"error: {failure}")
-    run.say(
-        f"the last good checkpoint is {last}; go back to it with: {resume_command(run)}"
-        if last is not None
-        else f"there is no checkpoint to go back to; start over with: {resume_command(run)}"
-    )
+    for line in failure.circumstances:
+        run.say(f"  {line}")
     if failure.hint:
         run.say(failure.hint)
+    run.say(
+        f"the last good checkpoint is {last}; this goes back to it: {resume_command(run)}"
+        if last is not None
+        else f"there is no checkpoint to go back to; this starts over: {resume_command(run)}"
+    )
+    if failure.flags:
+        run.say("by itself that takes the same steps again; add one of")
+        for flag, effect in failure.flags.items():
+            run.say(f"  {flag:<44} {effect}")
     run.writer.close()
     close(run, failure.reason)
     return DIVERGED_EXIT

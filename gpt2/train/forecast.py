@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from gpt2.distributed.world import pick_device
 from gpt2.errors import UserError
 from gpt2.hardware import device_name, peak_flops
 from gpt2.precision import resolve_dtype
-from gpt2.progress import duration
+from gpt2.progress import columns_of, duration, wrapped
 from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.loader import Blocks
 from gpt2.train.memory import device_memory
@@ -40,26 +41,30 @@ def print_plan(config: Config) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
+
+    def say(line: str) -> None:
+        print(wrapped(line, 11, columns_of(sys.stdout)))
+
     config = replace(config, model=find_origin(config).model)
     world_size, name, device_type, memory, dtype = _machine(config)
     sizes = _sizes(config)
     plan = make_plan(config, sizes, world_size, dtype, device_type, memory)
     for line in plan.lines(config, world_size, name, dtype):
-        print(line)
+        say(line)
     speed, source = _speed(config, plan, world_size, name, dtype)
     if speed is None:
-        print(f"{'speed':<11}unknown: {source}")
+        say(f"{'speed':<11}unknown: {source}")
     else:
         evaluated = _evaluated_tokens(config, sizes) / 3  # a forward pass is a third of a step
         seconds = (plan.total_tokens + evaluated) / speed
-        print(f"{'speed':<11}{speed:,.0f} tokens per second: {source}")
-        print(f"{'time':<11}{duration(seconds)}, {evaluated / speed / seconds:.0%} of it evaluations")
+        say(f"{'speed':<11}{speed:,.0f} tokens per second: {source}")
+        say(f"{'time':<11}{duration(seconds)}, {evaluated / speed / seconds:.0%} of it evaluations")
         hours = seconds / 3600 * world_size
         price = config.run.price
         cost = (
             "--price P, of one for an hour, gives the cost" if price is None else f"{hours * price:,.2f} at {price:g}"
         )
-        print(f"{'cost':<11}{hours:,.1f} device-hours: {cost}")
+        say(f"{'cost':<11}{hours:,.1f} device-hours: {cost}")
     plan.refuse_what_does_not_fit(config)
 
 

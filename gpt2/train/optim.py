@@ -11,6 +11,7 @@ from gpt2.config import OptimConfig
 from gpt2.errors import UserError
 from gpt2.hardware import multiplies_bf16
 from gpt2.model.attention import CausalSelfAttention
+from gpt2.model.gpt import GPT
 from gpt2.train.muon import Muon
 
 Group = dict[str, object]
@@ -26,7 +27,7 @@ def group_of(name: str, parameter: nn.Parameter) -> str:
 
 
 def make_optimizers(
-    model: nn.Module, config: OptimConfig, device: torch.device, dtype: str = "fp32"
+    model: GPT, config: OptimConfig, device: torch.device, dtype: str = "fp32"
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest; with the state of step 0.
 
@@ -41,9 +42,12 @@ def make_optimizers(
             multiplies it.
     """
     members: dict[str, list[nn.Parameter]] = {}
+    sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members.setdefault(group_of(name, parameter), []).append(parameter)
+            group_name = group_of(name, parameter)
+            members.setdefault(group_name, []).append(parameter)
+            sizes[group_name] = sizes.get(group_name, 0) + model.size_of(name, parameter)
     matrices = members.pop("matrices", []) if config.optimizer == "muon" else []
     peaks = {
         "embedding": config.embedding_learning_rate,
@@ -98,7 +102,7 @@ def make_optimizers(
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+            group["initial_lr"], group["parameters"] = group["lr"], sizes[group["name"]]
     grouped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     named = [id(p) for p in model.parameters() if p.requires_grad]
     assert sorted(grouped) == sorted(named), "every parameter is in exactly one group"
@@ -116,7 +120,7 @@ def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[str]:
     return [
         f"{type(optimizer).__name__} {group['name']}: {len(group['params'])} tensors"
         + (f" in {sum(map(len, group['splits']))} matrices, " if "splits" in group else ", ")
-        + f"{sum(p.numel() for p in group['params']):,} parameters, "
+        + f"{group['parameters']:,} parameters, "
         f"peak lr {group['initial_lr']:.3g}, weight decay {group['weight_decay']:g}"
         for optimizer in optimizers
         for group in optimizer.param_groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -65,8 +66,18 @@ class Plan:
             return None
         return self.total_tokens / max(self.sizes.train_tokens - 1 - self.sizes.leftover_tokens, 1)
 
-    def lines(self, config: Config, world_size: int, device: str, dtype: str) -> list[str]:
-        """The plan as a table to print, then its warnings."""
+    def lines(
+        self, config: Config, world_size: int, device: str, dtype: str, checkpoint: Path | None = None
+    ) -> list[str]:
+        """The plan as a table to print, then its warnings.
+
+        Args:
+            config: the run's.
+            world_size: processes that share a step.
+            device: its name.
+            dtype: precision of matrix products.
+            checkpoint: that the run resumes; None: it begins.
+        """
         model, data, sizes = config.model, config.data, self.sizes
         if sizes is None:
             gigabytes = 2 * self.total_tokens / 1e9
@@ -81,9 +92,15 @@ class Plan:
             memory += f", of {self.device_memory_bytes / 2**30:.1f} GiB"
             if self.largest_micro_batch is not None:
                 memory += f"; the largest micro-batch expected to fit is {self.largest_micro_batch}"
+        weights = f"drawn from seed {config.run.seed}"
+        if checkpoint is not None:
+            weights = f"of {checkpoint}"
+        elif config.run.init_from is not None:
+            weights = f"of {config.run.init_from}"
         rows = {
             "model": f"{self.parameters:,} parameters: {model.n_layer} blocks, {model.n_head} heads, "
             f"width {model.n_embd}, context {model.block_size}, vocabulary {model.vocab_size:,}",
+            "weights": weights,
             "device": f"{world_size} × {device}, {dtype}" + (", compiled" if config.run.compile else ""),
             "data": f"{data.data}{tokens}",
             "step": f"{self.tokens_per_step:,} tokens = {data.micro_batch_size} × {model.block_size} tokens "

@@ -29,8 +29,8 @@ class StepProfiler:
 
     def __init__(self, directory: Path, steps: int, device: torch.device, first_step: int):
         self.steps = steps
-        first = first_step + WAIT + WARMUP + 1
-        self.path = directory / f"steps_{first}_to_{first + steps - 1}.json"
+        self.directory, self.first = directory, first_step + WAIT + WARMUP + 1
+        self.path = directory
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -59,10 +59,11 @@ class StepProfiler:
     def close(self) -> None:
         """Stop, also before all steps are traced; what there is of them is written."""
         if not self.done:
-            self._seen = WAIT + WARMUP + self.steps
+            self.steps = self._seen - WAIT - WARMUP
             self._profile.stop()
 
     def _write(self, trace: profile) -> None:
+        self.path = self.directory / f"steps_{self.first}_to_{self.first + self.steps - 1}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(self.path))
         self.written = True

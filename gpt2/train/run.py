@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -54,6 +55,7 @@ class Run:
         saved_step: the step last saved or restored; -1: none.
         saved_at: when that was, in seconds of `time.monotonic`.
         skips_in_a_row: updates left out since the last one that was made.
+        last_norms: gradient norms of the last updates, before clipping.
         stopping: a signal asked for the end.
         save_due: a process asked for a checkpoint.
     """
@@ -83,6 +85,7 @@ class Run:
     saved_step: int = -1
     saved_at: float = field(default_factory=lambda: time.monotonic())
     skips_in_a_row: int = 0
+    last_norms: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     stopping: bool = False
     save_due: bool = False
 

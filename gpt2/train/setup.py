@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -35,6 +36,7 @@ from gpt2.model.compile import cannot_compile
 from gpt2.model.gpt import GPT
 from gpt2.precision import make_deterministic, resolve_dtype, set_matmul_precision
 from gpt2.presets import presets
+from gpt2.progress import columns_of, wrapped
 from gpt2.tokens.dataset import Dataset, open_dataset
 from gpt2.tokens.loader import Blocks
 from gpt2.tokens.tokenizer import Tokenizer
@@ -137,10 +139,9 @@ def set_up(config: Config, world: World) -> Run:
     del checkpoint  # a second copy of the state, on the host
     step, sequences_read = training.get("step", 0), training.get("sample", 0)
 
-    for line in plan.lines(config, world.size, device_name(world.device), dtype):
-        say(line)
-    for line in describe_groups(optimizers):
-        say(f"{'optimizer':<11}{line}")
+    lines = plan.lines(config, world.size, device_name(world.device), dtype, start)
+    for line in [*lines, *(f"{'optimizer':<11}{group}" for group in describe_groups(optimizers))]:
+        say(wrapped(line, 11, columns_of(sys.stdout)))
     say(f"{'run':<11}{config.run.run_dir}" + (f", resumed at step {step}" if step else ""))
     if world.size > 1:
         say(f"{'hang':<11}if a process keeps the others waiting, {watch.directory} will tell where it was")
@@ -349,6 +350,7 @@ def build_model(
         state = dict(checkpoint.model)
     elif origin.weights is not None and not resuming:
         world.on_main(lambda: state.update(load_weights(origin)))
+    world.on_main(lambda: refuse_nonfinite(state, config))
     with torch.no_grad():
         for name, tensor in world.share({name: state[name] for name in parameters} if state else None):
             parameters[name].copy_(tensor)
@@ -371,6 +373,20 @@ def with_datas_vocabulary(config: Config, dataset: Dataset, say: Callable[[str],
         return config
     say(f"vocabulary {size:,} ids, as in {dataset.directory}")
     return replace(config, model=replace(config.model, vocab_size=size))
+
+
+def refuse_nonfinite(state: Mapping[str, Tensor], config: Config) -> None:
+    """Refuse weights that no step can better.
+
+    Raises:
+        UserError: naming the first tensor that holds a value that is not finite.
+    """
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            source, remedy = config.run.init_from, "give other weights"
+            if config.run.init_from is None:
+                source, remedy = str(config.run.run_dir), "resume from an earlier checkpoint with --resume CHECKPOINT"
+            raise UserError(f"the weights of {source} are not finite: {name} holds NaN or infinity; {remedy}")
 
 
 def open_outputs(

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2.distributed.world import World
-from gpt2.model.attention_kernels import training_backends
-from gpt2.precision import autocast
 
 MicroBatches = Sequence[tuple[Tensor, Tensor]]
 
@@ -108,23 +106,3 @@ def share_numbers(own_loss: Tensor, flags: Flags, world: World) -> Tensor:
 def reads_late(device: torch.device) -> bool:
     """Whether a step's numbers are read while the next step runs: on a GPU, which would otherwise wait for the host."""
     return device.type == "cuda"
-
-
-def ranks_with_bad_gradient(model: nn.Module, batches: MicroBatches, world: World, dtype: str) -> list[int]:
-    """Processes whose own gradient of a step is not finite: the step is done again, without reduction or update.
-
-    Args:
-        model: the GPT itself, not sharded; random numbers seeded as in the step.
-        batches: this process's part of the step.
-        world: the processes.
-        dtype: the precision the step was computed in.
-    """
-    for tokens, targets in batches:
-        with autocast(world.device, dtype), training_backends(world.device):
-            loss = model(tokens, targets)
-        loss.backward()
-    bad = torch.zeros(world.size, device=world.device)
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    bad[world.rank] = ~torch.nn.utils.get_total_norm(grads).isfinite()
-    model.zero_grad(set_to_none=True)
-    return [rank for rank, value in enumerate(world.sum_(bad).tolist()) if value]

@@ -62,11 +62,15 @@ function scale(low, high, from, to, log) {
   return (value) => from + ((map(value) - a) / (b - a || 1)) * (to - from);
 }
 
+/** What all charts are drawn against: a place in "tokens", "step", "hours", and what to call it. A series has its x by each. */
+const axis = {key: "tokens", redraw: []};
+const AXES = {tokens: ["training tokens", short], step: ["steps", short], hours: ["hours", (value) => String(Number(value.toPrecision(3)))]};
+
 /**
- * A card with a chart against tokens.
+ * A card with a chart against the axis.
  *
- * chart.series: {label, color, x, y, dots, width, opacity, low, high, legend}; null in y breaks the line; low and high are a band
- * chart.lines: {label, value, color}, horizontal;  chart.marks: {label, points, color};  chart.restarts: {x, color}
+ * chart.series: {label, color, by, y, dots, width, opacity, low, high, legend}; null in y breaks the line; low and high are a band
+ * chart.lines: {label, value, color}, horizontal;  chart.marks: {label, points, color}, points by tokens and steps;  chart.restarts: {by, color}
  * chart.logX, chart.logY, chart.skipDrop: whether there is a switch, and its first state; chart.zero: y starts at 0
  * skipDrop leaves the values of the first part of training, chart.drop of it, which would press the rest flat, out of the picture
  */
@@ -77,7 +81,7 @@ function drawChart(parent, chart) {
   const switches = html("div", "", null, head);
   const plot = html("div", "plot", null, card);
   const state = {logX: chart.logX === true, logY: chart.logY === true, skipDrop: chart.skipDrop === true};
-  for (const [key, text] of [["skipDrop", "skip the first drop"], ["logX", "log tokens"], ["logY", "log scale"]]) {
+  for (const [key, text] of [["skipDrop", "skip the first drop"], ["logX", "log axis"], ["logY", "log scale"]]) {
     if (chart[key] === undefined) continue;
     const label = html("label", "", null, switches);
     const box = html("input", "", null, label);
@@ -94,6 +98,10 @@ function drawChart(parent, chart) {
     width = plot.clientWidth;
     if (!width) return;
     plot.replaceChildren();
+    const key = chart.series.every((s) => s.by[axis.key]) ? axis.key : "tokens";
+    const [axisName, axisText] = AXES[key];
+    for (const s of [...chart.series, ...(chart.restarts || [])]) s.x = s.by[key];
+    const marks = (chart.marks || []).map((m) => ({...m, points: m.points[key] || []}));
     const height = chart.wide ? Math.max(300, Math.min(440, width * 0.46)) : 240;
     const usable = (x, y) => y !== null && isFinite(y) && !(state.logX && x <= 0) && !(state.logY && y <= 0);
     const xs = [], ys = [];
@@ -102,7 +110,7 @@ function drawChart(parent, chart) {
     if (!xs.length) { html("p", "muted", chart.empty || "Nothing recorded yet.", plot); return; }
     const extent = (values) => [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
     let [x0, x1] = extent(xs);
-    for (const m of chart.marks || []) for (const [x, y] of m.points) if (x <= x1 * 1.02 && usable(x, y)) { xs.push(x); ys.push(y); }
+    for (const m of marks) for (const [x, y] of m.points) if (x <= x1 * 1.02 && usable(x, y)) { xs.push(x); ys.push(y); }
     for (const l of chart.lines || []) { xs.push(Infinity); ys.push(l.value); }
     if (!state.logX) x0 = Math.min(x0, 0);
     if (x0 === x1) x1 = state.logX ? x0 * 10 : x0 + 1;
@@ -125,9 +133,9 @@ function drawChart(parent, chart) {
     });
     const xTicks = state.logX ? logTicks(x0, x1, width / 75) : linearTicks(x0, x1, width / 95);
     for (const tick of xTicks)
-      svg("text", {x: X(tick), y: box.bottom + 17, "text-anchor": X(tick) > box.right - 14 ? "end" : "middle"}, null, root).textContent = short(tick);
+      svg("text", {x: X(tick), y: box.bottom + 17, "text-anchor": X(tick) > box.right - 14 ? "end" : "middle"}, null, root).textContent = axisText(tick);
     svg("line", {class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom}, null, root);
-    svg("text", {x: (box.left + box.right) / 2, y: height - 6, "text-anchor": "middle"}, null, root).textContent = "training tokens";
+    svg("text", {x: (box.left + box.right) / 2, y: height - 6, "text-anchor": "middle"}, null, root).textContent = axisName;
     const clip = svg("clipPath", {id: `clip${drawChart.count = (drawChart.count || 0) + 1}`}, null, root);
     svg("rect", {x: box.left - 4, y: box.top - 4, width: box.right - box.left + 8, height: box.bottom - box.top + 4}, null, clip);
     const inside = svg("g", {"clip-path": `url(#${clip.id})`}, null, root);
@@ -135,16 +143,22 @@ function drawChart(parent, chart) {
       if (restart.x > x0 && restart.x <= x1)
         svg("line", {class: "restart", x1: X(restart.x), x2: X(restart.x), y1: box.top, y2: box.bottom}, restart.color, root);
     for (const s of chart.series) drawSeries(inside, s, X, Y, usable);
-    for (const m of chart.marks || []) for (const [x, y] of m.points) if (x <= x1 * 1.02 && x >= x0 && usable(x, y))
+    for (const m of marks) for (const [x, y] of m.points) if (x <= x1 * 1.02 && x >= x0 && usable(x, y))
       svg("path", {d: `M${X(x)} ${Y(y) - 5}l5 5l-5 5l-5 -5z`, fill: "none", "stroke-width": 1.6}, m.color, inside);
+    const points = chart.series.flatMap((s) => s.x.flatMap((x, i) => (usable(x, s.y[i]) ? [[X(x), Y(s.y[i])]] : [])));
     let lastLabel = Infinity;  // labels of close lines are pushed up, one above the other
     for (const l of [...(chart.lines || [])].sort((a, b) => a.value - b.value)) {
       svg("line", {class: "reference", x1: box.left, x2: box.right, y1: Y(l.value), y2: Y(l.value)}, l.color, root);
       lastLabel = Math.min(Y(l.value) - 5, lastLabel - 14);
-      svg("text", {class: "value", x: box.right, y: lastLabel, "text-anchor": "end"}, null, root).textContent = `${l.label} ${chart.format(l.value)}`;
+      const text = `${l.label} ${chart.format(l.value)}`, wide = 7 * text.length;
+      // At the end where it covers fewer points.
+      const covered = (from) => points.filter(([x, y]) => x > from - 6 && x < from + wide + 6 && y > lastLabel - 16 && y < lastLabel + 8).length;
+      const right = covered(box.right - wide) <= covered(box.left + 4);
+      svg("text", {class: "value", x: right ? box.right : box.left + 4, y: lastLabel, "text-anchor": right ? "end" : "start"}, null, root).textContent = text;
     }
-    addTip(plot, root, chart, box, X, Y, usable);
+    addTip(plot, root, chart, box, X, Y, usable, (x) => `${axisText(x)} ${key}`);
   }
+  axis.redraw.push(draw);
   new ResizeObserver(() => { if (plot.clientWidth !== width) draw(); }).observe(plot);
   draw();
 }
@@ -172,7 +186,7 @@ function drawSeries(root, s, X, Y, usable) {
 }
 
 /** The values nearest to the pointer, of every series that has begun and not ended there. */
-function addTip(plot, root, chart, box, X, Y, usable) {
+function addTip(plot, root, chart, box, X, Y, usable, place) {
   const line = svg("line", {class: "axis", y1: box.top, y2: box.bottom, visibility: "hidden"}, null, root);
   const tip = html("div", "tip", null, plot);
   tip.hidden = true;
@@ -190,13 +204,13 @@ function addTip(plot, root, chart, box, X, Y, usable) {
       rows.push([s, best]);
     }
     if (nearest === null) return hide();
-    tip.replaceChildren(html("div", "", `${short(nearest)} tokens`));
+    tip.replaceChildren(html("div", "", place(nearest)));
     for (const [s, i] of rows) {
       const away = Math.abs(X(s.x[i]) - at);
       if (away > 40 && (at < X(s.x.find((x, k) => usable(x, s.y[k]))) || at > X(s.x.findLast((x, k) => usable(x, s.y[k]))))) continue;
       const row = html("div", "", null, tip);
       html("span", "dot", null, row).style.background = s.color;
-      row.append(` ${s.label} ${chart.format(s.y[i])}${away > 12 ? ` at ${short(s.x[i])}` : ""}`);
+      row.append(` ${s.label} ${chart.format(s.y[i])}${away > 12 ? ` at ${place(s.x[i])}` : ""}`);
     }
     line.setAttribute("x1", X(nearest)); line.setAttribute("x2", X(nearest)); line.setAttribute("visibility", "visible");
     tip.hidden = false;

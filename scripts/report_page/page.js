@@ -48,9 +48,10 @@ function summary(parent) {
       gap === null ? `perplexity ${short(Math.exp(run.best_loss))}${bits}` : `GPT-2: ${run.baseline.toFixed(4)}, ${Math.abs(gap).toFixed(4)} ${gap >= 0 ? "better" : "to go"}${bits}`);
     const last = run.hellaswag.acc_norm.length - 1;
     if (last >= 0)
-      tile("HellaSwag", percent(run.hellaswag.acc_norm[last]), `± ${percent(run.hellaswag.stderr[last])}, ${run.hellaswag.examples.at(-1).toLocaleString("en")} examples`);
+      tile("HellaSwag", percent(run.hellaswag.acc_norm[last]), `${percent(run.hellaswag.low[last])} to ${percent(run.hellaswag.high[last])}, ${run.hellaswag.examples.at(-1).toLocaleString("en")} examples`);
     tile("tokens a second", run.tokens_per_second === null ? "–" : Math.round(run.tokens_per_second).toLocaleString("en"), run.mfu === null ? "median, training only" : `MFU ${percent(run.mfu)}`);
     const wall = Object.values(run.seconds).reduce((a, b) => a + b, 0);
+    if (run.seconds_left !== null) tile("time left", duration(run.seconds_left), "at the pace of the last steps");
     tile("time", duration(wall), run.environment.world_size > 1 ? `${Number(run.device_hours.toPrecision(3))} device-hours` : run.environment.device || "");
     if (run.cost !== null)
       tile("cost", run.cost >= 100 ? run.cost.toFixed(0) : run.cost.toFixed(2), `${Number(run.device_hours.toPrecision(3))} device-hours × ${report.price}`);
@@ -72,18 +73,19 @@ function charts(parent) {
   const tint = (entry) => (alone || entry.runs.length > 1 ? "var(--muted)" : color(entry.runs[0]));
   const tinted = (entries) => entries.map((entry) => ({...entry, color: tint(entry)}));
   const perToken = (run) => run.tokens / Math.max(run.step, 1);
-  const restarts = runs.flatMap((run, index) => run.starts.filter((start) => start.step > 0).map((start) => ({x: start.step * perToken(run), color: color(index)})));
+  const restarts = runs.flatMap((run, index) => run.starts.filter((start) => start.step > 0).map((start) => ({by: {...start, tokens: start.step * perToken(run)}, color: color(index)})));
+  chooseAxis(parent);
   const thinned = runs.some((run) => run.train.step.length >= 1500);
   const over = [...new Set(runs.flatMap((run) => run.val.val_tokens))];
   const loss = runs.flatMap((run, index) => [
-    {label: named(run, "train"), color: color(index), x: run.train.tokens, y: run.train.loss, width: 1, opacity: 0.35, legend: false},
-    {label: named(run, "train, smoothed"), color: color(index), x: run.train.tokens, y: smooth(run.train.loss), width: 1.4, opacity: 0.7},
-    {label: named(run, "validation"), color: color(index), x: run.val.tokens, y: run.val.loss, width: 2.4, dots: true},
-  ]).filter((series) => series.x.length);
+    {label: named(run, "train"), color: color(index), by: run.train, y: run.train.loss, width: 1, opacity: 0.35, legend: false},
+    {label: named(run, "train, smoothed"), color: color(index), by: run.train, y: smooth(run.train.loss), width: 1.4, opacity: 0.7},
+    {label: named(run, "validation"), color: color(index), by: run.val, y: run.val.loss, width: 2.4, dots: true},
+  ]).filter((series) => series.y.length);
   drawChart(parent, {
     title: "Loss", wide: true, skipDrop: report.long, drop: report.drop, logX: false, logY: false,
     format: (value, tick) => (value === null ? "–" : tick ? String(Number(value.toPrecision(4))) : value.toFixed(4)),
-    series: loss, lines: tinted(report.baselines), marks: tinted(report.milestones.filter((entry) => entry.points.some(([tokens]) => entry.runs.some((index) => tokens <= runs[index].tokens * 1.02)))), restarts,
+    series: loss, lines: tinted(report.baselines), marks: tinted(report.milestones.filter((entry) => entry.points.tokens.some(([tokens]) => entry.runs.some((index) => tokens <= runs[index].tokens * 1.02)))), restarts,
     note: [
       "Nats a token.",
       over.length ? `Validation over ${over.map((count) => count.toLocaleString("en")).join(" or ")} tokens.` : "No evaluation yet.",
@@ -96,7 +98,7 @@ function charts(parent) {
       title: "Validation loss, mean over seeds", wide: true, skipDrop: report.long, drop: report.drop, logX: false, logY: false,
       format: (value, tick) => (value === null ? "–" : tick ? String(Number(value.toPrecision(4))) : value.toFixed(4)),
       series: report.groups.map((group, index) => ({
-        label: `${group.name} (${group.n})`, color: color(index), dots: true, width: 2.4, x: group.tokens, y: group.loss,
+        label: `${group.name} (${group.n})`, color: color(index), dots: true, width: 2.4, by: {tokens: group.tokens}, y: group.loss,
         low: group.loss.map((value, i) => value === null ? null : value - group.stderr[i]), high: group.loss.map((value, i) => value === null ? null : value + group.stderr[i]),
       })),
       note: "Runs that differ in nothing but the seed, how many in brackets. Band: one standard error. scripts/compare.py tells which differences are more than chance.",
@@ -105,21 +107,38 @@ function charts(parent) {
     drawChart(parent, {
       title: "HellaSwag", wide: true, logX: false, format: percent,
       series: runs.map((run, index) => ({
-        label: named(run, `acc_norm (${run.hellaswag.convention.join(", ")})`), color: color(index), dots: true, width: 2.4, x: run.hellaswag.tokens, y: run.hellaswag.acc_norm,
-        low: run.hellaswag.acc_norm.map((value, i) => value === null ? null : value - 2 * (run.hellaswag.stderr[i] || 0)), high: run.hellaswag.acc_norm.map((value, i) => value === null ? null : value + 2 * (run.hellaswag.stderr[i] || 0)),
-      })).filter((series) => series.x.length),
+        label: named(run, `acc_norm (${run.hellaswag.convention.join(", ")})`), color: color(index), dots: true, width: 2.4, by: run.hellaswag, y: run.hellaswag.acc_norm,
+        low: run.hellaswag.low, high: run.hellaswag.high,
+      })).filter((series) => series.y.length),
       lines: tinted(report.hellaswag_lines), restarts,
-      note: `Band: two standard errors. Examples: ${[...new Set(runs.flatMap((run) => run.hellaswag.examples))].map((count) => count.toLocaleString("en")).join(" or ")} of 10,042.`,
+      note: `Band: 95 % interval (Wilson). Examples: ${[...new Set(runs.flatMap((run) => run.hellaswag.examples))].map((count) => count.toLocaleString("en")).join(" or ")} of 10,042.`,
     });
   const small = (title, field, options) => drawChart(parent, {
     title, logX: false, restarts, ...options,
-    series: runs.map((run, index) => ({label: named(run, title.toLowerCase()), color: color(index), width: 1.6, legend: !alone, x: run.train.tokens, y: run.train[field]})).filter((series) => series.y.some((value) => value !== null)),
+    series: runs.map((run, index) => ({label: named(run, title.toLowerCase()), color: color(index), width: 1.6, legend: !alone, by: run.train, y: run.train[field]})).filter((series) => series.y.some((value) => value !== null)),
   });
   small("Learning rate", "lr", {format: scientific, zero: true});
   small("Gradient norm", "grad_norm", {format: (value) => short(value), logY: false, zero: true, note: thinned ? "The largest of each part." : ""});
   small("Tokens a second", "tokens_per_second", {format: (value) => short(value), zero: true, note: "Training alone; the first point of a start has compilation in it."});
   if (runs.some((run) => run.train.mfu.some((value) => value !== null))) small("Model FLOP/s utilisation", "mfu", {format: percent, zero: true});
   timeSplit(parent);
+}
+
+/** A choice of what the charts are drawn against. */
+function chooseAxis(parent) {
+  const bar = html("div", "axes wide", null, parent);
+  bar.setAttribute("role", "group");
+  bar.setAttribute("aria-label", "Horizontal axis");
+  html("span", "muted", "against", bar);
+  for (const key of Object.keys(AXES)) {
+    const button = html("button", "", AXES[key][0], bar);
+    button.setAttribute("aria-pressed", String(key === axis.key));
+    button.addEventListener("click", () => {
+      axis.key = key;
+      for (const other of bar.querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === button));
+      for (const draw of axis.redraw) draw();
+    });
+  }
 }
 
 function timeSplit(parent) {
@@ -187,6 +206,7 @@ function samples(parent) {
 
 function table(parent, head, rows) {
   const box = html("div", "scroll", null, parent);
+  box.tabIndex = 0;  // arrow keys scroll it
   const body = html("table", "", null, box);
   const top = html("tr", "", null, body);
   for (const text of head) html("th", "", text, top);

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from fake_runs import write_run
 from repository import ROOT
 
 DOCS = ROOT / "docs"
-SNIPPETS = {"attention.md": 8, "block.md": 10, "library.md": 9}
+SNIPPETS = {"attention.md": 8, "block.md": 10, "library.md": 9, "metrics.md": 1}
 PICTURES = {"attention.md": 2, "block.md": 0, "library.md": 0}
 
 
@@ -19,6 +20,7 @@ def test_every_snippet_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     snippets = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
     assert len(snippets) == page.count("```python") == SNIPPETS[name]
     monkeypatch.chdir(tmp_path)  # some write files
+    write_run(tmp_path / "runs" / "gpt2", steps=30)  # and some read a run's
     names: dict[str, object] = {"__name__": "snippet"}
     for number, snippet in enumerate(snippets, start=1):
         exec(compile(snippet, f"docs/{name}, snippet {number}", "exec"), names)

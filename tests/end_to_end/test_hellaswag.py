@@ -19,6 +19,7 @@ from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.hellaswag.examples import content_lines
 from gpt2.hellaswag.score import evaluate_hellaswag
+from gpt2.metrics.reference import wilson
 from gpt2.model.pretrained import save_pretrained
 from gpt2.tokens.tokenizer import gpt2_tokenizer
 
@@ -70,7 +71,8 @@ def test_two_processes_report_what_the_library_finds(place: Path) -> None:
         assert (entry["acc"], entry["acc_norm"]) == (result.acc, result.acc_norm)
         assert entry["acc_norm_stderr"] == pytest.approx(result.acc_norm_stderr)
         assert entry["reference"]["chance"] == 0.25
-        assert f"{100 * result.acc_norm:.2f} ± {100 * result.acc_norm_stderr:.2f}" in done.stdout
+        low, high = wilson(result.acc_norm, result.labelled)
+        assert f"{100 * result.acc_norm:.2f} ({100 * low:.2f} to {100 * high:.2f})" in done.stdout
         theirs = np.array([line[convention]["log_probs"] for line in lines])
         np.testing.assert_allclose(theirs, result.log_probs, rtol=0, atol=1e-4)
         assert [line[convention]["acc_norm_prediction"] for line in lines] == result.predictions_norm.tolist()
@@ -116,13 +118,13 @@ def test_figures_stand_beside_the_published_ones_of_their_size() -> None:
     assert [e["reference"]["gpt2_acc_norm"] for e in entries] == [None, None, 0.2955, 0.3114]
     assert [e["reference"]["gpt2_acc"] for e in entries] == [None, None, None, 0.2892]
     assert [e["reference"]["gpt3"] for e in entries] == [None, None, 0.337, 0.337]
-    text = command.table(entries)
+    text = command.results(entries)
     assert "31.14" in text
     assert "124.4 M" in text
     assert len({len(line) for line in text.splitlines()}) == 1  # columns
     assert "guessing gives 25.00" in command.notes(entries)[0]
 
     truncated = entries[0] | {"truncated": 2, "labelled": 1, "acc": None, "acc_norm": None}
-    assert "–" in command.table([truncated])
+    assert "–" in command.results([truncated])
     assert "2 examples are longer" in " ".join(command.notes([truncated]))
     assert "2 examples have no label" in " ".join(command.notes([truncated]))

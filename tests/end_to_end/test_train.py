@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -147,10 +148,14 @@ def test_a_loss_that_is_not_finite_stops_with_exit_code_3(
     assert "error: the loss is not finite on rank 0 in step 7; the weights were not updated" in out
     command = f"python train_gpt2.py --config {tmp_path / 'run/config.json'}"
     assert (
-        f"the last good checkpoint is {tmp_path / 'run/checkpoints/step_00000004'}; go back to it with: {command}"
+        f"the last good checkpoint is {tmp_path / 'run/checkpoints/step_00000004'}; this goes back to it: {command}"
         in out
     )
-    assert "--on-nonfinite skip --allow-config-change, added to it, leaves such steps out" in out
+    assert "takes the same steps again; add one of\n  --learning-rate " in out
+    assert "  --on-nonfinite skip --allow-config-change" in out
+    assert re.search(
+        r"  learning rate [\d.e-]+ in that step; gradient norms of the last updates: [\d.]+, [\d., ]+\n", out
+    )
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000004"]
     assert records(tmp_path / "run", "run_end")[-1]["reason"] == "nonfinite"
     monkeypatch.undo()
@@ -184,7 +189,7 @@ def test_skipping_what_is_not_finite(
     assert main(small(char_data, tmp_path / "b", max_steps=9, **skip), monkeypatch) == 3
     out = capsys.readouterr().out
     assert "5 updates in a row were skipped, the last at step 7" in out
-    assert "a lower --learning-rate may help; --allow-config-change lets" in out
+    assert "--learning-rate" in out
     assert "--on-nonfinite" not in out  # it was given, and did not help
     assert records(tmp_path / "b", "run_end")[-1]["reason"] == "nonfinite"
 

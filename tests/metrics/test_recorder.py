@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from fake_runs import make_metrics
 
 from gpt2.config import Config, DataConfig, GPTConfig, RunConfig
 from gpt2.errors import UserError
 from gpt2.metrics import recorder as metrics_module
 from gpt2.metrics.history import read_metrics
-from gpt2.metrics.recorder import Metrics
+from gpt2.metrics.recorder import Metrics, readable
 
 CPU = torch.device("cpu")
 RUN = RunConfig(max_steps=100, eval_every=20, wandb="disabled")
@@ -134,7 +135,7 @@ def test_evaluations_stand_out_with_the_distance_to_gpt2(
     assert first.startswith("=> step  20 | validation loss 3.5000 (1.1031 bits per byte) | GPT-2 124M on FineWeb-Edu ")
     assert first.endswith(" 3.2924: 0.2076 to go")
     assert "GPT-2 124M on FineWeb-Edu 3.2924: 0.0424 better (ours over 16,384 tokens" in second
-    assert third.endswith("HellaSwag 29.00% ± 0.45%, 10,042 examples | GPT-2 124M 29.55%: 0.55 points to go")
+    assert third.endswith("HellaSwag 29.00% (28.12% to 29.90%), 10,042 examples | GPT-2 124M 29.55%: 0.55 points to go")
 
 
 @pytest.mark.parametrize(
@@ -240,3 +241,15 @@ def test_a_directory_in_use_is_refused(tmp_path: Path, start: Callable[..., Metr
         start()
     first.close("finished")
     start().close("finished")
+
+
+def test_a_sample_is_shown_as_a_person_can_read_it() -> None:
+    assert readable("Hello,\n\n \n\t\nyou\x1b[2J \n\n") == "Hello,\nyou\\x1b[2J"
+    assert readable("\n \n") == repr("\n \n")
+
+
+def test_a_checkpoint_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = make_metrics(tmp_path)
+    metrics.checkpoint(5, tmp_path / "checkpoints" / "step_00000005")
+    metrics.close("finished")
+    assert f"step  5 | checkpoint {tmp_path}/checkpoints/step_00000005\n" in capsys.readouterr().out

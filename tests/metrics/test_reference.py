@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import scipy.stats
 
 from gpt2.metrics import reference
 from gpt2.presets import presets
@@ -89,3 +90,15 @@ def test_the_distance_to_gpt2_in_words() -> None:
     assert reference.hellaswag_beside_gpt2("124M", 0.29) == "GPT-2 124M 29.55%: 0.55 points to go"
     assert reference.hellaswag_beside_gpt2("124M", 0.30) == "GPT-2 124M 29.55%: 0.45 points better"
     assert reference.hellaswag_beside_gpt2(None, 0.30) is None
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 8), (8, 8), (2, 8), (2912, 10_042), (1, 1)])
+def test_wilsons_interval_is_scipys(hits: int, n: int) -> None:
+    expected = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
+    low, high = reference.wilson(hits / n, n)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert 0 <= low < high <= 1
+
+
+def test_of_no_examples_nothing_is_known() -> None:
+    assert reference.wilson(float("nan"), 0) == (0.0, 1.0)

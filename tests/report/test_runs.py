@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
+import os
 import platform
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +146,52 @@ def test_the_table_lists_every_run_and_says_what_it_leaves_out(
     assert cells[1][-1] == "checkpoints/step_00000900"
     assert cells[2][0] == "deep/b"
     assert "crashed" in cells[2]
-    assert out[3].startswith("left out:")
+    assert out[-1].startswith("left out:")
+    assert ["setting", "a", "deep/b"] in cells  # and the settings in which they differ
+    assert ["n_layer", "12", "2"] in cells
+    assert not {"run_dir", "eval_every"} & {line[0] for line in cells if line}
     assert list(find_runs(tmp_path)) == [tmp_path / name for name in ("a", "broken", "deep/b")]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_no_line_is_longer_than_the_terminal(tmp_path: Path, columns: int) -> None:
+    write_run(tmp_path / "baseline", **tiny())
+    write_run(tmp_path / "a-longer-learning-rate", **tiny(learning_rate=1e-3))
+    words = [sys.executable, str(ROOT / "scripts" / "runs.py"), str(tmp_path)]
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(words, stdout=theirs, stderr=theirs, stdin=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # a terminal whose other end is closed
+            while block := os.read(ours, 1 << 16):
+                shown += block
+    os.close(ours)
+    assert process.returncode == 0, shown
+    printed = shown.decode().split("\r\n")
+    assert max(map(len, printed)) <= columns
+    assert any(line.split()[:1] == ["learning_rate"] or "learning_rate" in line.split() for line in printed)
+    assert any("a-longer-learning-rate" in line.split() for line in printed)  # a word is never broken
+
+
+def test_a_page_has_axes_an_interval_and_the_time_left(tmp_path: Path) -> None:
+    run = open_run(write_run(tmp_path / "run", **tiny(end=None)))
+    content = report([run], now=run.history.live[-1]["time"] + 1)["runs"][0]
+    assert content["status"] == "running"
+    pace = 0.14  # seconds per step, of fake_runs; evaluations come to 3.5 s
+    assert content["seconds_left"] == 0
+    assert content["train"]["step"] == list(range(5, 61, 5))
+    assert content["train"]["hours"][-1] == pytest.approx(60 * pace / 3600, rel=0.02)
+    assert content["val"]["hours"] == pytest.approx([0, *(step * pace / 3600 for step in (20, 40, 60))], rel=0.02)
+    half = open_run(write_run(tmp_path / "half", **tiny(end=None, until=30, eval_every=0)))
+    left = report([half], now=half.history.live[-1]["time"] + 1)["runs"][0]["seconds_left"]
+    assert left == pytest.approx(30 * pace, rel=0.01)
+    scores = content["hellaswag"]
+    assert all(
+        0 <= low < acc < high <= 1
+        for low, acc, high in zip(scores["low"], scores["acc_norm"], scores["high"], strict=True)
+    )
 
 
 def test_the_commands_end_with_one_line_on_bad_input(tmp_path: Path) -> None:

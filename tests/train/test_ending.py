@@ -9,10 +9,12 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from fake_runs import tiny, write_run
 from small_runs import ALONE
 
 from gpt2.distributed.signals import StopSignals
 from gpt2.distributed.world import World
+from gpt2.metrics.history import read_metrics
 from gpt2.train.ending import finish, resume_command
 
 
@@ -67,3 +69,23 @@ def test_the_command_that_resumes_fits_how_the_run_was_started(tmp_path: Path, m
     assert "torchrun --standalone --nproc_per_node=8 " in resume_command(make_run(path, world=eight))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # two machines
     assert "--standalone" not in resume_command(make_run(path, world=eight))
+
+
+def test_a_finished_run_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(write_run(tmp_path / "run", **tiny(steps=60, world_size=2)))
+    run.step, run.config = 60, SimpleNamespace(run=SimpleNamespace(price=3.0))
+    for step in (30, 60):
+        (tmp_path / f"run/checkpoints/step_{step:08d}").mkdir(parents=True)
+        (tmp_path / f"run/checkpoints/step_{step:08d}/training.json").write_text("{}")
+    assert finish(run, "finished", StopSignals()) == 0
+    said = capsys.readouterr().out.splitlines()
+    history = read_metrics(tmp_path / "run/metrics.jsonl")
+    val = {record["step"]: record["loss"] for record in history.live if record["kind"] == "val"}
+    hours = sum(sum(record["seconds"].values()) for record in history.live if "seconds" in record) / 3600
+    assert said[0].startswith("done       60 steps in 5 min ")
+    assert said[0].endswith(f", {2 * hours:.2f} device-hours")
+    assert said[1] == f"cost       {6 * hours:.2f} at 3 per device-hour"
+    assert said[2] == f"loss       {val[60]:.4f} on the validation split at step 60; the best of all evaluations"
+    assert said[3] == f"checkpoint {tmp_path}/run/checkpoints/step_00000060, the newest of 2"
+    assert said[4] == f"next       python scripts/sample.py -m {tmp_path}/run"
+    assert said[-1].endswith(f"python scripts/export.py {tmp_path}/run@best DIR")

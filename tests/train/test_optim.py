@@ -53,6 +53,8 @@ def test_every_parameter_is_in_one_group(optimizer: str, tied: bool) -> None:
     assert set(decay.values()) == {0.1}
     lines = describe_groups(optimizers)
     assert len(lines) == len(groups)
+    shown = [int(re.search(r"([\d,]+) parameters", line)[1].replace(",", "")) for line in lines]  # type: ignore[index]
+    assert sum(shown) == model.num_parameters()  # without the vocabulary's padding, as everywhere
     assert "AdamW vectors: 18 tensors, 448 parameters, peak lr 0.0006, weight decay 0" in lines
 
 

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,9 +46,17 @@ def test_every_derived_number(dataset):
 def test_the_plan_is_told(dataset):
     config = config_of()
     text = "\n".join(plan_of(dataset, config).lines(config, 1, "some CPU", "fp32"))
-    words = ["6,784 parameters", "64 tokens", "10 steps = 640 tokens = 2.16 epochs", "some CPU"]
+    words = [
+        "weights    drawn from seed 1337",
+        "6,784 parameters",
+        "64 tokens",
+        "10 steps = 640 tokens = 2.16 epochs",
+        "some CPU",
+    ]
     for word in words:
         assert word in text
+    begun = config_of(init_from="gpt2")
+    assert "weights    of gpt2" in plan_of(dataset, begun).lines(begun, 1, "some CPU", "fp32")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +104,8 @@ def test_the_micro_batch_that_is_advised_fits():
 
 def test_epochs_by_the_thousand_are_warned_of(dataset):
     config = config_of(max_steps=10_000)
-    lines = plan_of(dataset, config).lines(config, 1, "CPU", "fp32")
+    lines = plan_of(dataset, config).lines(config, 1, "CPU", "fp32", Path("runs/a/checkpoints/step_00000003"))
+    assert "weights    of runs/a/checkpoints/step_00000003" in lines
     assert any(line.startswith("warning: each token is read 2,162 times") for line in lines)
     steps = int(re.search(r"--max-steps (\d+)", lines[-1])[1])
     assert plan_of(dataset, config_of(max_steps=steps)).epochs == pytest.approx(40, rel=0.01)

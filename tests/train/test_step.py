@@ -13,7 +13,7 @@ from gpt2.config import GPTConfig, OptimConfig
 from gpt2.model.gpt import GPT
 from gpt2.train.guard import StepGuard
 from gpt2.train.optim import make_optimizers
-from gpt2.train.step import Flags, StepNumbers, ranks_with_bad_gradient, seed_step
+from gpt2.train.step import Flags, StepNumbers, seed_step
 from train_gpt2 import train_step
 
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=20)
@@ -113,15 +113,3 @@ def test_seeds_differ_by_step_rank_and_seed_and_are_a_pure_function() -> None:
         seed_step(*key)
         assert torch.rand(4).tolist() == draws[key]
     assert len({tuple(draw) for draw in draws.values()}) == len(draws)
-
-
-def test_looking_for_a_bad_gradient_changes_nothing() -> None:
-    model = GPT(TINY).init_weights(0)
-    before = [p.detach().clone() for p in model.parameters()]
-    rows = batch(2)
-    assert ranks_with_bad_gradient(model, [(rows[:, :-1], rows[:, 1:])], ALONE, "fp32") == []
-    assert all(map(torch.equal, before, model.parameters()))
-    assert all(p.grad is None for p in model.parameters())
-    with torch.no_grad():
-        model.h[0].ln_1.weight[0] = torch.inf
-    assert ranks_with_bad_gradient(model, [(rows[:, :-1], rows[:, 1:])], ALONE, "fp32") == [0]
