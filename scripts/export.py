@@ -283,10 +283,12 @@ def evaluation(run: RecordedRun, step: int) -> list[str]:
         lines += [f"The released GPT-2 of this size has {baseline:.4f} on this data."]
     if scores := [record for record in run.records("hellaswag") if record["step"] <= step]:
         last = scores[-1]
+        low, high = reference.wilson(last["acc_norm"], int(last["examples"]))
         lines += [
             "",
             f"HellaSwag, {last.get('convention', 'completion')} style, step {last['step']:,}: acc_norm "
-            f"{last['acc_norm']:.2%} ± {last['stderr']:.2%} over {last['examples']:,} examples; guessing gives 25 %.",
+            f"{last['acc_norm']:.2%} ({low:.2%} to {high:.2%}) over {last['examples']:,} examples; guessing gives "
+            "25 %.",
         ]
     return lines
 

@@ -27,7 +27,7 @@ def group_of(name: str, parameter: nn.Parameter) -> str:
 
 
 def make_optimizers(
-    model: GPT, config: OptimConfig, device: torch.device, dtype: str = "fp32"
+    model: nn.Module, config: OptimConfig, device: torch.device, dtype: str = "fp32"
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest; with the state of step 0.
 
@@ -47,7 +47,8 @@ def make_optimizers(
         if parameter.requires_grad:
             group_name = group_of(name, parameter)
             members.setdefault(group_name, []).append(parameter)
-            sizes[group_name] = sizes.get(group_name, 0) + model.size_of(name, parameter)
+            size = model.size_of(name, parameter) if isinstance(model, GPT) else parameter.numel()
+            sizes[group_name] = sizes.get(group_name, 0) + size
     matrices = members.pop("matrices", []) if config.optimizer == "muon" else []
     peaks = {
         "embedding": config.embedding_learning_rate,
