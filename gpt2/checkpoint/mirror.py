@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.checkpoint.directory import TEMPORARY, TRAINING, list_checkpoints, read_training, verify_checkpoint
-from gpt2.errors import UserError, first_line
+from gpt2.errors import LaterVersion, UserError, first_line
 from gpt2.files import parse_json, sync_directory, write_whole
 
 METRICS = "metrics.jsonl"
@@ -60,6 +60,7 @@ class Mirror:
         self.root = root.rstrip("/")
         self._checkpoints = f"{self.root}/checkpoints"
         self._markers: dict[str, bytes] = {}  # training.json of what is complete there, by name
+        self._begun: tuple[bytes, set[str]] = (b"", set())  # a checkpoint's, and what is there of its files
         self._wake, self._ending = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -96,6 +97,8 @@ class Mirror:
         for name in newer:
             try:
                 self._fetch(name, metrics, own)
+            except LaterVersion:
+                raise
             except UserError as error:
                 self.say(f"warning: passing over a damaged checkpoint of the mirror: {error}")
                 continue
@@ -160,49 +163,54 @@ class Mirror:
     def _copy(self) -> None:
         """Bring the copy in line with the disk, the newest first."""
         for path in reversed(list_checkpoints(self.run / "checkpoints")):
-            with contextlib.suppress(FileNotFoundError), self._pinned(path) as pinned:  # it may just have been removed
-                marker = (pinned / TRAINING).read_bytes()
-                if self._markers.get(path.name) != marker:
-                    self._send(path.name, pinned, marker)
+            with self._pinned(path) as pinned:
+                if _is_whole(pinned):  # and neither damaged nor just removed
+                    marker = (pinned / TRAINING).read_bytes()
+                    if self._markers.get(path.name) != marker:
+                        self._send(path.name, pinned, marker)
         trainings = {name: parse_json(marker, name) for name, marker in self._markers.items()}
         for name in trainings.keys() - self.retained(trainings):
-            self._fs.rm_file(f"{self._checkpoints}/{name}/{TRAINING}")  # first: what is left is not complete
+            self._remove(f"{name}/{TRAINING}")  # first: what is left is not complete
+            self._remove(name)
             del self._markers[name]
-            self._fs.rm(f"{self._checkpoints}/{name}", recursive=True)
 
     @contextlib.contextmanager
     def _pinned(self, path: Path) -> Iterator[Path]:
         """A checkpoint under another name, which stays while it is copied, whatever retention does to the first."""
-        pin = path.with_name(_PIN)
+        pin, pinned = path.with_name(_PIN), path
         shutil.rmtree(pin, ignore_errors=True)
-        try:
+        with contextlib.suppress(OSError):  # a file system without hard links, or a checkpoint that was just removed
             pin.mkdir()
             for file in path.iterdir():
                 os.link(file, pin / file.name)
-        except FileNotFoundError:
-            raise
-        except OSError:  # a file system without hard links
-            yield path
-        else:
-            yield pin
+            pinned = pin
+        try:
+            yield pinned
         finally:
             shutil.rmtree(pin, ignore_errors=True)
 
     def _send(self, name: str, source: Path, marker: bytes) -> None:
         target = f"{self._checkpoints}/{name}"
-        if self._markers.pop(name, None) is not None or self._fs.exists(f"{target}/{TRAINING}"):
-            self._fs.rm_file(f"{target}/{TRAINING}")
+        self._markers.pop(name, None)
+        if self._begun[0] != marker:
+            self._remove(f"{name}/{TRAINING}")
+            self._begun = (marker, set())
         self._fs.makedirs(target, exist_ok=True)
-        for file in parse_json(marker, name)["files"]:
+        for file in parse_json(marker, name)["files"].keys() - self._begun[1]:
             self._fs.put_file(str(source / file), f"{target}/{file}")
             sent, size = self._fs.info(f"{target}/{file}")["size"], (source / file).stat().st_size
             if sent != size:
                 raise OSError(f"{target}/{file} has {sent:,} bytes there, {size:,} here")
+            self._begun[1].add(file)
         for file in (METRICS, *SETTINGS):
             if (self.run / file).exists():
                 self._fs.pipe_file(f"{self.root}/{file}", (self.run / file).read_bytes())
         self._fs.pipe_file(f"{target}/{TRAINING}", marker)
         self._markers[name] = marker
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # an earlier attempt did it, or somebody else
+            self._fs.rm(f"{self._checkpoints}/{name}", recursive=True)
 
     def _read(self, name: str) -> bytes:
         """A file of the copy; empty where it is not there."""
@@ -230,7 +238,7 @@ class Mirror:
         for name in [name for name in self._markers if int(name[len("step_") :]) > step]:
             place = f"{self._checkpoints}/{name}"
             self._fs.pipe_file(f"{place}/{SUPERSEDED}", self._markers.pop(name))
-            self._fs.rm_file(f"{place}/{TRAINING}")
+            self._remove(f"{name}/{TRAINING}")
 
     def _fetch(self, name: str, metrics: bytes, own: bytes) -> None:
         """Copy a checkpoint to the disk; it appears there, last of all, when it has been found undamaged."""
@@ -254,6 +262,15 @@ class Mirror:
             sync_directory(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all files are there in full; their checksums are compared by who fetches them."""
+    try:
+        files = read_training(checkpoint)["files"]
+        return all((checkpoint / name).stat().st_size == file["bytes"] for name, file in files.items())
+    except (OSError, UserError):
+        return False
 
 
 class NoMirror:
