@@ -43,17 +43,19 @@ def run(*words, **variables):
     """
     paths = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
     environment = dict(os.environ, PATH=paths, VIRTUAL_ENV=str(VENV), **variables)
-    process = subprocess.Popen([str(PYTHON), *words], cwd=str(ROOT), env=environment)
-    received = []
+    received, started = [], []
 
     def pass_on(number, frame):
         received.append(number)
-        if number == signal.SIGTERM:
-            process.terminate()
+        if number == signal.SIGTERM and started:
+            started[0].terminate()
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = process.wait()
+        started.append(subprocess.Popen([str(PYTHON), *words], cwd=str(ROOT), env=environment))
+        if signal.SIGTERM in received:  # while it was being started
+            started[0].terminate()
+        code = started[0].wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -86,6 +86,7 @@ def test_bf16_errs_no_more_than_plain_products() -> None:
         assert ours < 1.25 * theirs < 0.02
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="bf16 on this CPU is emulated")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_model_in_bf16_has_the_eager_models_gradients(

@@ -20,6 +20,7 @@ from gpt2.model.loss import IGNORE
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_values_gradients_and_names_are_those_of_the_eager_model(device: str) -> None:
     config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=70, logit_softcap=10.0)
