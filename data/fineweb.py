@@ -3,6 +3,8 @@
     python data/fineweb.py                                        # FineWeb-Edu, 10 B tokens, into data/fineweb_edu_10B
     python data/fineweb.py --source 'DIR/*.parquet' --out DIR     # parquet, .jsonl, .txt (.gz, .zst, .bz2, .xz)
     python data/fineweb.py verify DIR                             # re-hash and count all shards
+    python data/fineweb.py show DIR                               # what its shards hold, token by token
+    python data/fineweb.py show DIR --step 100 --run RUN          # what step 100 of a run learns from
     python data/fineweb.py --part 3/16 ... && ... merge DIR       # on many machines; see scripts/tokenize_slurm.sh
 
 Kill it at any time; the same command continues where it stopped, and the shards are the same to the byte.
@@ -14,17 +16,23 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
 from gpt2.prepare.sources import Source, SourceFile
+from gpt2.tokens.dataset import TokenStream
+from gpt2.tokens.tokenizer import Tokenizer
 
 _DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu", "fineweb": "HuggingFaceFW/fineweb"}
+_SHOWN_TOKENS, _SHOWN_PIECES, _SHOWN_TEXT = 100_000, 40, 400
 _SHARD_NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb"}  # as build-nanogpt and llm.c call them
 
 
@@ -54,9 +62,9 @@ def part(text: str) -> tuple[int, int]:
 def make_parser() -> ArgumentParser:
     """Options of the default command."""
     parser = ArgumentParser(
-        usage="%(prog)s [options] | %(prog)s verify DIR | %(prog)s merge DIR",
+        usage="%(prog)s [options] | %(prog)s verify DIR | %(prog)s show DIR | %(prog)s merge DIR",
         description="Turn FineWeb, or text of your own, into GPT-2 token shards. Run it again to continue.",
-        epilog="further commands: `verify DIR` re-reads and checks all shards; "
+        epilog="further commands: `verify DIR` re-reads and checks all shards; `show DIR` prints what they hold; "
         "`merge DIR` joins what --part made. Each has its own --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -109,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["verify"]:
         return verify(_directory("verify", "Re-read and check every shard of a data set.", arguments[1:]))
+    if arguments[:1] == ["show"]:
+        return show(arguments[1:])
     if arguments[:1] == ["merge"]:
         return merge(_directory("merge", "Join the parts that --part made into one data set.", arguments[1:]))
     return tokenize(make_parser().parse_args(arguments))
@@ -258,6 +268,91 @@ def verify(directory: Path) -> int:
     what = "their manifest" if manifests else "the format; no manifest says more"
     print(f"all {shards} shards agree with {what}")
     return 0
+
+
+def show(arguments: Sequence[str]) -> int:
+    """Print what shards, or the batch of a step, hold: text, where its tokens end, and what is learned of each."""
+    parser = ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} show",
+        description="Print what shards, or the sequences of a training step, hold: the text, its tokens, and which "
+        "target belongs to which input.",
+    )
+    add = parser.add_argument
+    add("directory", nargs="?", type=Path, metavar="DIR", help="directory of the shards [the run's]")
+    add("--step", type=count, metavar="N", help="the N-th step of training, as the log counts [shards are shown]")
+    add("--run", type=Path, metavar="RUN", help="whose settings and seed decide a step's sequences [the gpt2 preset]")
+    add("--shard", metavar="FILE", help="one shard, by its name [the first of each split]")
+    add("--rows", type=count, default=2, metavar="N", help="documents or sequences to show [2]")
+    args = parser.parse_args(arguments)
+
+    from gpt2.presets import parse_args
+    from gpt2.tokens.dataset import open_dataset
+    from gpt2.tokens.loader import Blocks
+
+    if args.directory is None and args.run is None:
+        raise UserError("show needs DIR, the directory of the shards, or --run RUN")
+    if args.shard and args.step:
+        raise UserError("--shard shows a shard, --step a step's sequences from wherever they are; give one of them")
+    config = parse_args(["--config", str(args.run)] if args.run else [])
+    dataset = open_dataset(args.directory or config.data.data)
+    tokenizer = dataset.tokenizer()
+    if args.step or args.run:
+        step, sequences = args.step or 1, config.sequences_per_step
+        blocks = Blocks(
+            dataset.train,
+            config.model.block_size,
+            tokenizer.n_vocab,
+            seed=config.run.seed if config.data.shuffle else None,
+            step_tokens=config.data.total_batch_tokens if config.data.drop_shard_tails else None,
+        )
+        first = (step - 1) * sequences
+        say(
+            f"step {step:,} of {args.run or 'the gpt2 preset'}: {sequences:,} sequences of {config.model.block_size:,} "
+            f"tokens, {first:,} sequences read before, epoch {first // blocks.count + 1}, "
+            + (f"in the order of seed {config.run.seed}" if config.data.shuffle else "in the order of the shards")
+        )
+        chosen = blocks.order(np.arange(first, first + min(args.rows, sequences)))
+        for number, (start, row) in enumerate(zip(blocks.starts(chosen).tolist(), blocks.read(chosen), strict=True)):
+            path, offset = dataset.train.locate(start)
+            print()
+            say(f"sequence {number + 1} of {sequences:,}: {path.name} from token {offset:,} on")
+            _show_tokens(row, tokenizer)
+        return 0
+    found = False
+    for stream in (dataset.val, dataset.train):
+        for path, start, end in zip(stream.paths, stream.shard_starts, stream.shard_starts[1:], strict=False):
+            if path.name != (args.shard or stream.paths[0].name):
+                continue
+            found, size = True, min(end - start, _SHOWN_TOKENS)
+            tokens = stream.read(start, start + size)
+            starts = np.flatnonzero(tokens == tokenizer.eot_token) if tokenizer.eot_token is not None else []
+            edges = [edge for edge in [0, *map(int, starts[: args.rows + 1]), size] if edge <= size]
+            print()
+            say(f"{path.name}: {end - start:,} tokens of {tokens.dtype}, {_percent(end - start, stream)}")
+            for begin, stop in list(pairwise(sorted(set(edges))))[: args.rows]:
+                whole = "" if stop < size or size == end - start else ", and more"
+                say(f"tokens {begin:,} to {stop - 1:,}{whole}")
+                _show_tokens(tokens[begin:stop], tokenizer)
+    if not found:
+        raise UserError(f"{dataset.directory} has no shard {args.shard}; its directory lists them")
+    return 0
+
+
+def _percent(tokens: int, stream: TokenStream) -> str:
+    return f"{tokens / len(stream):.1%} of the split's {len(stream):,} in {len(stream.paths)} shards"
+
+
+def _show_tokens(tokens: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Text of (n,) tokens, where each of the first ones ends, and what is the target of which input."""
+    text = tokenizer.decode(tokens.tolist())
+    cut = f" ... ({len(text) - _SHOWN_TEXT:,} more characters)" if len(text) > _SHOWN_TEXT else ""
+    print(textwrap.indent(visible(text[:_SHOWN_TEXT], "\n") + cut, "  > ", lambda line: True))
+    pieces = [visible(tokenizer.decode([token])) for token in tokens[:_SHOWN_PIECES].tolist()]
+    print(f"  tokens: {'|'.join(pieces)}{' ...' if len(tokens) > _SHOWN_PIECES else ''}")
+    print(f"  {'when the input ends with':<34} {'id':>6}   the target is")
+    for at in range(min(len(tokens) - 1, 8)):
+        before = "".join(pieces[max(0, at - 4) : at + 1])[-34:]
+        print(f"  {before:<34} {tokens[at]:>6}   '{pieces[at + 1]}' ({tokens[at + 1]})")
 
 
 def merge(directory: Path) -> int:

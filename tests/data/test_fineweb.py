@@ -10,14 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from repository import ROOT, load_script
+from small_runs import SMALL
 
+from gpt2.errors import UserError, visible
+from gpt2.prepare.small_dataset import write_dataset
 from gpt2.prepare.sources import local_source
 from gpt2.tokens.dataset import open_dataset
+from gpt2.tokens.loader import Blocks, Loader
 from gpt2.tokens.manifest import MANIFEST_NAME, load_manifest
 from gpt2.tokens.tokenizer import gpt2_tokenizer
 
@@ -281,6 +287,7 @@ def test_help_is_quick_and_complete():
     for flag in ("tokenizer", "part", "plot", "keep-downloads", "revision", "text-column", "split-on"):
         assert f"--{flag}" in printed
     assert "verify DIR" in printed
+    assert "show DIR" in printed
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="mounts a small file system")
@@ -324,3 +331,48 @@ def test_what_is_on_this_machine_is_known_by_path_and_content(tmp_path, folder, 
     (tmp_path / folder).mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist([{"text": "a", **columns}]), tmp_path / folder / "0.parquet")
     assert load_script("data/fineweb.py").name_of(local_source([str(tmp_path / folder)])) == name
+
+
+def shown(capsys, *arguments: object) -> list[str]:
+    assert load_script("data/fineweb.py").main(["show", *map(str, arguments)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_show_prints_what_a_shard_holds(tmp_path, capsys):
+    tokenizer = gpt2_tokenizer()
+    texts = ["First text\x1b[2J", "Second one"]
+    ids = [[50256, *tokenizer.encode(text)] for text in texts]
+    write_dataset(tmp_path, ids[0] + ids[1], ids[1], tokenizer, shard_tokens=len(ids[0]))
+    lines = shown(capsys, tmp_path, "--rows", 1)
+    assert "tokens_val_000000.npy: 3 tokens of uint16, 100.0% of the split's 3 in 1 shards" in lines
+    assert "  > <|endoftext|>First text\\x1b[2J" in lines
+    assert "  tokens: <|endoftext|>|First| text|\\x1b|[|2|J" in lines
+    row = next(line for line in lines if line.startswith("  <|endoftext|>First text "))
+    assert row.split() == ["<|endoftext|>First", "text", str(ids[0][2]), "'\\x1b'", f"({ids[0][3]})"]
+    assert not any("Second" in line for line in shown(capsys, tmp_path, "--shard", "tokens_train_000001.npy"))
+    for arguments, message in (
+        (["--shard", "x.npy"], "has no shard x.npy"),
+        (["--shard", "x.npy", "--step", "1"], "give one of them"),
+    ):
+        with pytest.raises(UserError, match=message):
+            shown(capsys, tmp_path, *arguments)
+    with pytest.raises(UserError, match="show needs DIR"):
+        shown(capsys)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_show_prints_the_sequences_of_a_runs_step(tmp_path, capsys, char_data, shuffle):
+    """The step that the log calls the third learns from the loader's third batch."""
+    config = replace(SMALL, data=replace(SMALL.data, data=char_data, shuffle=shuffle))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    lines = shown(capsys, "--run", tmp_path, "--step", 3, "--rows", 8)
+    dataset = open_dataset(char_data)
+    blocks = Blocks(dataset.train, 64, 59, seed=config.run.seed if shuffle else None)
+    with Loader(blocks, 8, 16, 0, 1, 8, torch.device("cpu")) as loader:
+        inputs = loader.next()[0][0]
+    tokenizer = dataset.tokenizer()
+    pieces = [line.removeprefix("  tokens: ") for line in lines if line.startswith("  tokens: ")]
+    wanted = ["|".join(visible(tokenizer.decode([t])) for t in row[:40].tolist()) + " ..." for row in inputs]
+    assert pieces == wanted
+    assert lines[0].startswith(f"step 3 of {tmp_path}: 8 sequences of 64 tokens, 16 sequences read before, epoch 1, in")
+    assert "sequence 8 of 8: " in "\n".join(lines)
