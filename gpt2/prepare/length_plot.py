@@ -31,5 +31,6 @@ def plot_lengths(manifest: Manifest, path: Path) -> Path:
     axes.set_ylabel("documents")
     axes.set_title(label(manifest.name) + f": {int(counts.sum()):,} documents")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if lengths:
+        axes.legend(frameon=False)
     return save_figure(figure, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -13,67 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from repository import SHARED_DATA
+from small_sources import EOT, contents, documents, in_order, job, stream, write_parquet
 
 from gpt2.errors import UserError
 from gpt2.prepare.build import prepare
-from gpt2.prepare.documents import Contents, count_units
-from gpt2.prepare.job import Job
-from gpt2.prepare.sources import Source, SourceFile, local_source
-from gpt2.prepare.workers import Part, files_of_part, units_of_file
+from gpt2.prepare.documents import count_units
+from gpt2.prepare.workers import Part
 from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.manifest import MANIFEST_NAME, load_manifest
 from gpt2.tokens.tokenizer import gpt2_tokenizer
-from gpt2.tokens.verify import check_manifest, check_shard, merge_parts
+from gpt2.tokens.verify import check_manifest, merge_parts
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
-EOT = 50256
 SAMPLE = SHARED_DATA / "fineweb_schema_sample"
-
-
-def documents(count: int) -> list[str | None]:
-    generator = np.random.default_rng(count)
-    words = ["the", "Quick", "brown's", "fox\n", "jumped", "<|endoftext|>", "naïve", "日本", "1234", "  over", "\n\n"]
-    texts: list[str | None] = [" ".join(generator.choice(words, generator.integers(1, 60))) for _ in range(count)]
-    texts[1], texts[2] = None, ""
-    return texts
-
-
-def write_parquet(directory: Path, texts, files: int = 3, rows: int = 7) -> Path:
-    directory.mkdir()
-    for number in range(files):
-        table = pa.table({"id": [str(i) for i in range(len(texts[number::files]))], "text": texts[number::files]})
-        pq.write_table(table, directory / f"{number:03d}.parquet", row_group_size=rows)
-    return directory
-
-
-def in_order(texts, files: int = 3) -> list[str]:
-    return [text for number in range(files) for text in texts[number::files] if text]
-
-
-def stream(texts: list[str]) -> list[int]:
-    return [t for text in texts for t in (EOT, *gpt2_tokenizer().encode(text))]
-
-
-def job(directory: Path, source: str | Path, **changes) -> Job:
-    made = Job(
-        directory=directory,
-        name="x",
-        source=local_source([str(source)]),
-        tokenizer="gpt2",
-        suffix=".npy",
-        shard_tokens=500,
-        val_tokens=None,
-        max_tokens=None,
-        workers=1,
-        part=None,
-    )
-    return dataclasses.replace(made, **changes)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in directory.iterdir() if p.suffix in (".npy", ".bin")}
 
 
 def test_parquet_to_shards_is_what_one_process_writes(tmp_path):
@@ -206,26 +159,6 @@ def test_more_parts_than_units(tmp_path):
     assert prepare(job(tmp_path / "two", source, part=Part(1, 2), val_tokens=10), lambda line: None).complete
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "text"])
-def test_every_unit_is_in_one_part(kind):
-    generator = np.random.default_rng(7)
-    for of in (1, 2, 3, 7, 50):
-        sizes = generator.integers(0, 1000, 9).tolist()
-        files = tuple(SourceFile(f"{i}", size, "", kind, "") for i, size in enumerate(sizes))
-        source = Source("local files", None, files)
-        units = generator.integers(1, 12, 9).tolist()
-        owners: dict[tuple[int, int], list[int]] = {}
-        for number in range(1, of + 1):
-            for file in files_of_part(source, Part(number, of)):
-                for unit in units_of_file(source, file, units[file], Part(number, of)):
-                    owners.setdefault((file, unit), []).append(number)
-        wanted = {(f, u) for f in range(9) if sizes[f] for u in range(units[f])}
-        assert set(owners) == wanted
-        assert all(len(parts) == 1 for parts in owners.values())
-        ordered = [owners[key][0] for key in sorted(owners)]
-        assert ordered == sorted(ordered)
-
-
 def test_damaged_file_stops_and_its_repair_continues(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -291,24 +224,6 @@ def test_two_at_once_are_refused(tmp_path):
     prepare(job(out, source), lambda line: None)
 
 
-def test_worker_that_dies_is_told_and_what_is_finished_stays(tmp_path, monkeypatch):
-    source = write_parquet(tmp_path / "source", documents(9))
-    monkeypatch.setattr("gpt2.prepare.workers.tokenize_unit", _die)
-    with pytest.raises(UserError, match="a worker process died"):
-        prepare(job(tmp_path / "out", source, val_tokens=10), lambda line: None)
-    monkeypatch.undo()
-    assert load_manifest(tmp_path / "out" / MANIFEST_NAME).complete is False
-    assert prepare(job(tmp_path / "out", source, val_tokens=10), lambda line: None).complete
-
-
-def test_source_that_vanishes_is_told(tmp_path, monkeypatch):
-    source = write_parquet(tmp_path / "source", documents(9))
-    made = job(tmp_path / "out", source, val_tokens=10)
-    monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind, column: path.unlink() or Contents(1))
-    with pytest.raises(UserError, match=r"00\d\.parquet.*replace the file"):
-        prepare(made, lambda line: None)
-
-
 def small_files(directory: Path, count: int) -> list[str]:
     """Parquet files of 1 to 11 row groups of one document each: they are fetched while others are read."""
     directory.mkdir()
@@ -340,49 +255,6 @@ def test_threads_open_files_of_their_own(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda path: count_units(path, "parquet").units, paths))
     assert found == [1 + int(path.stem) % 11 for path in paths]
-
-
-def test_rows_read_are_held_against_the_files_own_count(tmp_path, monkeypatch):
-    source = write_parquet(tmp_path / "source", documents(9))
-    monkeypatch.setattr("gpt2.prepare.download.count_units", lambda path, kind, column: Contents(1, (4,)))
-    with pytest.raises(UserError, match=r"row group 0 holds 4 rows by the file's index, and 3 were read"):
-        prepare(job(tmp_path / "out", source, val_tokens=10), lambda line: None)
-
-
-def _die(path, kind, unit, column):
-    os._exit(9)  # as the kernel does to who takes too much memory
-
-
-def test_check_finds_every_kind_of_fault(tmp_path):
-    source = write_parquet(tmp_path / "source", documents(30))
-    out = tmp_path / "out"
-    manifest = prepare(job(out, source), lambda line: None)
-    entry = manifest.shards[1]
-    path = out / entry.file
-    good = path.read_bytes()
-
-    def problem(data: bytes, **changes) -> str:
-        path.write_bytes(data)
-        found = check_shard(path, dataclasses.replace(entry, **changes), 50257, EOT, begins_document=True)
-        return found.problem
-
-    assert problem(good) == ""
-    for position in (128, len(good) // 2, len(good) - 1):
-        flipped = bytearray(good)
-        flipped[position] ^= 1
-        assert "checksum differs" in problem(bytes(flipped))
-    assert "truncated" in problem(good[:-1])
-    assert "the manifest says 7" in problem(good, tokens=7)
-    assert "end-of-text tokens for 999 documents" in problem(good, documents=999)
-    tokens = np.load(path).copy()
-    tokens[5] = 50257
-    np.save(path, tokens)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert "holds id 50257, the vocabulary has 50257" in problem(path.read_bytes(), sha256=sha256)
-    path.unlink()
-    assert "cannot read" in check_shard(path, entry, 50257, EOT).problem
-    second = manifest.shards[2]
-    assert "straddles" in check_shard(out / second.file, second, 50257, EOT, begins_document=True).problem
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"real documents in FineWeb's schema are not at {SAMPLE}")

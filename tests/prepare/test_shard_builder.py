@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_sources import histogram
 
 from gpt2.errors import UserError
 from gpt2.prepare.shard_builder import Layout, ShardBuilder, UnitTokens
@@ -19,10 +20,8 @@ from gpt2.tokens.manifest import (
     MANIFEST_NAME,
     Manifest,
     SourcePosition,
-    length_bin,
     load_manifest,
     merge_lengths,
-    percentile,
     save_manifest,
 )
 from gpt2.tokens.tokenizer import tokenizer_to_dict
@@ -159,14 +158,6 @@ def check_counts(manifest: Manifest, documents, expected, max_tokens) -> None:
         assert abs(statistics["bytes"] - 3 * sum(lengths)) <= 3  # the cut document counts by its share
 
 
-def histogram(lengths) -> dict[int, int]:
-    result: dict[int, int] = {}
-    for length in lengths:
-        edge = length_bin(int(length))
-        result[edge] = result.get(edge, 0) + 1
-    return dict(sorted(result.items()))
-
-
 def test_killed_between_last_shard_and_end(tmp_path):
     units = make_units([[1, 2, 3]] * 4, [[0, 1], [2, 3]])
     options = {"shard_tokens": 6, "val_documents": 1}
@@ -232,17 +223,6 @@ def test_failure_leaves_finished_shards_and_no_temporary_file(tmp_path, monkeypa
     assert not saved.complete
     assemble(tmp_path, units, first=2, shard_tokens=6, val_documents=1)
     assert len(open_dataset(tmp_path).train) == 20
-
-
-def test_length_bins_are_exact_then_three_percent():
-    for length in (*range(64), 64, 65, 127, 1000, 12345, 10**6, 2**31 + 7):
-        edge = length_bin(length)
-        assert edge <= length
-        assert length - edge <= max(edge / 32, 0 if length < 64 else 1)
-    lengths = np.random.default_rng(0).lognormal(6, 1, 20000).astype(int)
-    for percent in (1, 10, 50, 90, 99):
-        assert percentile(histogram(lengths), percent) == pytest.approx(np.percentile(lengths, percent), rel=0.025)
-    assert percentile({}, 50) is None
 
 
 def halves(documents: list[list[int]], val_lines: int) -> list[list[int]]:

@@ -18,8 +18,8 @@ from gpt2.errors import UserError
 from gpt2.prepare.small_dataset import write_dataset
 from gpt2.tokens import dataset as shards
 from gpt2.tokens.dataset import TokenStream, open_dataset
-from gpt2.tokens.manifest import MANIFEST_NAME, Manifest, load_manifest, save_manifest
-from gpt2.tokens.shard_file import ShardWriter, read_header
+from gpt2.tokens.manifest import MANIFEST_NAME, load_manifest, save_manifest
+from gpt2.tokens.shard_file import read_header
 from gpt2.tokens.tokenizer import CharTokenizer, gpt2_tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 50257, 1000).astype(np.uint16)
@@ -88,30 +88,6 @@ def test_written_files_are_the_peers_to_the_byte(tmp_path, suffix):
         assert path.read_bytes() == theirs.read_bytes()
 
 
-def test_expected_count_does_not_change_the_file(tmp_path):
-    files = []
-    for number, expected in enumerate((5, 0, 10**8)):
-        path = tmp_path / f"{number}.npy"
-        with ShardWriter(path, "uint16", expected) as writer:
-            writer.append(TOKENS[:2])
-            writer.append(TOKENS[2:5])
-            writer.finish()
-        files.append((path.read_bytes(), writer.sha256))
-    assert files[0] == files[1] == files[2]
-    assert np.load(tmp_path / "2.npy").tolist() == TOKENS[:5].tolist()
-
-
-def test_abandoned_writer_leaves_nothing(tmp_path):
-    def interrupted():
-        with ShardWriter(tmp_path / "x.npy", "uint16", 5) as writer:
-            writer.append(TOKENS[:3])
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(0, 320), st.integers(0, 320))
 def test_ranges_over_any_shards(tmp_path_factory, sizes, a, b):
     directory = tmp_path_factory.mktemp("stream")
@@ -124,17 +100,6 @@ def test_ranges_over_any_shards(tmp_path_factory, sizes, a, b):
     start, stop = min(a, b, len(stream)), min(max(a, b), len(stream))
     assert len(stream) == len(everything)
     assert stream.read(start, stop).tolist() == everything[start:stop]
-
-
-def test_a_document_over_several_shards_is_counted_where_it_begins_and_measured_where_it_ends(tmp_path):
-    eot = gpt2_tokenizer().eot_token
-    tokens = np.array([eot, *range(30), eot, *range(5)])
-    dataset = write_dataset(tmp_path, tokens, tokens, gpt2_tokenizer(), shard_tokens=10)
-    assert dataset.manifest is not None
-    val, *train = dataset.manifest.shards
-    assert [shard.documents for shard in train] == [1, 0, 0, 1]
-    assert [shard.lengths for shard in train] == [{}, {}, {}, {5: 1, 30: 1}]
-    assert (val.documents, val.lengths) == (2, {5: 1, 30: 1})
 
 
 def test_range_outside_the_stream(tmp_path):
@@ -185,30 +150,6 @@ def test_manifest_of_characters_brings_its_tokenizer(tmp_path):
     dataset = write_dataset(tmp_path, tokenizer.encode("ab ba é"), tokenizer.encode("b\ud800"), tokenizer)
     assert dataset.vocab_size == 5
     assert dataset.tokenizer().decode(dataset.train.read(0, 7)) == "ab ba é"
-
-
-def test_statistics_of_tokens_in_memory(tmp_path):
-    eot, body = 50256, gpt2_tokenizer().encode("Hello there, world")
-    dataset = write_dataset(tmp_path, [eot, *body, eot, *body[:2]], [eot, *body], gpt2_tokenizer())
-    statistics = dataset.manifest.statistics()
-    assert statistics["documents"] == 3
-    assert statistics["bytes"] == 2 * len("Hello there, world") + len("Hello there")
-    assert statistics["document_tokens"]["p90"] == len(body)
-
-
-def test_finished_data_set_is_not_overwritten(tmp_path):
-    write_dataset(tmp_path / "a", TOKENS, TOKENS[:10], gpt2_tokenizer())
-    with pytest.raises(UserError, match="finished data set"):
-        write_dataset(tmp_path / "a", TOKENS, TOKENS[:10], gpt2_tokenizer())
-    with pytest.raises(UserError, match="another origin"):
-        write_dataset(peers_directory(tmp_path / "b", "npy"), TOKENS, TOKENS[:10], gpt2_tokenizer())
-    with pytest.raises(UserError, match="no val tokens"):
-        write_dataset(tmp_path / "c", TOKENS, [], gpt2_tokenizer())
-    with pytest.raises(UserError, match="unfinished"):
-        open_dataset(tmp_path / "c")  # the manifest came first, and says so
-    with pytest.raises(ValueError, match="below 3"):
-        write_dataset(tmp_path / "d", [3], [1], CharTokenizer("abc"))
-    assert len(write_dataset(tmp_path / "c", TOKENS, TOKENS[:10], gpt2_tokenizer()).train) == 1000
 
 
 def truncate(path):
@@ -286,15 +227,6 @@ def test_wrong_manifests_are_told_in_one_line(tmp_path):
     later = '{"format": "gpt2-shards", "version": 2}'
     assert "update it" in damaged("g", lambda d: (d / MANIFEST_NAME).write_text(later))
     assert "merge" in damaged("h", lambda d: (d / MANIFEST_NAME).rename(d / "manifest.part-0001-of-0002.json"))
-
-
-def test_manifest_survives_writing_and_reading(tmp_path):
-    manifest = write_dataset(tmp_path, TOKENS, TOKENS[:10], CharTokenizer("".join(map(chr, range(50257))))).manifest
-    path = tmp_path / "copy.json"
-    save_manifest(path, manifest)
-    assert load_manifest(path) == manifest
-    assert isinstance(manifest, Manifest)
-    assert list(tmp_path.glob(".copy*")) == []
 
 
 def test_a_hundred_large_shards_open_at_once(tmp_path):
