@@ -38,6 +38,7 @@ from gpt2.train.divergence import PendingStep, digest
 from gpt2.train.ending import run_to_its_end
 from gpt2.train.forecast import print_plan
 from gpt2.train.guard import StepGuard
+from gpt2.train.length import fix_length
 from gpt2.train.optim import set_learning_rates, step_unless
 from gpt2.train.out_of_memory import record_allocations
 from gpt2.train.profile import profiled
@@ -102,11 +103,11 @@ def train_step(
 
 def train(run: Run, signals: StopSignals) -> EndReason:
     """Train to the last step, or to a reason to stop."""
-    config, settings, world = run.config, run.config.run, run.world
+    config, settings, world = run.config, run.config.run, run.world  # but for the length, which may yet be fixed
 
     def evaluation_is_due() -> bool:
         every = settings.eval_every
-        return every > 0 and (run.step % every == 0 or run.step == settings.max_steps)
+        return every > 0 and (run.step % every == 0 or run.step == run.total_steps)
 
     def must_stop() -> bool:
         run.stopping = run.stopping or world.any(signals.received is not None)
@@ -119,14 +120,14 @@ def train(run: Run, signals: StopSignals) -> EndReason:
 
     if evaluation_is_due() and run.val_loss is None:  # before the first step, or where a stop did not wait for it
         evaluate()
-    if run.step >= settings.max_steps:
+    if run.step >= run.total_steps:
         run.say(f"the run is finished: {run.step} steps are done; --max-steps N --allow-config-change goes further")
         return "finished"
 
     pending: PendingStep | None = None  # the step whose numbers the host has not read yet
     first = True
     with run.open_loader() as loader, profiled(run) as profile_step:
-        while run.step < settings.max_steps and not run.stopping:
+        while run.step < run.total_steps and not run.stopping:
             run.watch.arm(starting=first)
 
             # 1. The step's tokens: a pure function of the seed and the step, whatever the number of processes.
@@ -134,7 +135,7 @@ def train(run: Run, signals: StopSignals) -> EndReason:
                 batches = loader.next()
 
             # 2. The learning rates and the random numbers, pure functions of the step, too.
-            factor = lr_factor(run.step, settings.max_steps, config.optim)
+            factor = lr_factor(run.step, run.total_steps, config.optim)
             set_learning_rates(run.optimizers, factor)
             seed_step(settings.seed, run.step, world.rank)
 
@@ -151,6 +152,7 @@ def train(run: Run, signals: StopSignals) -> EndReason:
                 flags=lambda: Flags(signals.received is not None, minutes_are_up(run), loader.failure is not None),
             )
             run.advance()
+            fix_length(run)
 
             # 4. Log, skip or stop by what the step came to; on a GPU one step late, so that the host never waits.
             if pending is not None:
@@ -158,7 +160,7 @@ def train(run: Run, signals: StopSignals) -> EndReason:
             pending = PendingStep(run.step, factor * config.optim.learning_rate, numbers, batches)
             evaluation = evaluation_is_due()
             checkpoint = settings.checkpoint_every > 0 and run.step % settings.checkpoint_every == 0
-            last = run.step == settings.max_steps
+            last = run.step == run.total_steps
             at_once = first or last or not reads_late(world.device)
             if at_once or evaluation or checkpoint or run.stopping or run.save_due:
                 digest(run, pending, loader)
@@ -183,8 +185,8 @@ def main() -> int:
     """Run the command line."""
     config = parse_args(sys.argv[1:])
     if config.run.plot_schedule is not None:
-        plot_schedule(config.run.plot_schedule, config.run.max_steps, config.optim)
-        print(f"drew the learning rate of {config.run.max_steps} steps in {config.run.plot_schedule}")
+        plot_schedule(config.run.plot_schedule, config.run.total_steps, config.optim)
+        print(f"drew the learning rate of {config.run.total_steps} steps in {config.run.plot_schedule}")
         return 0
     if config.run.plan:
         print_plan(config)

@@ -296,6 +296,11 @@ class RunConfig:
     as the beginning of an option of its own."""
     max_steps: int = 19_073
     """Optimizer steps in all; 19,073 × 524,288 = 10 B tokens."""
+    max_minutes: float = 0.0
+    """Minutes the run may take, evaluations included: after its first steps it fixes how many steps fit, max_steps at
+    most, and the schedule follows that number. 0: no limit."""
+    fitted_steps: int | None = None
+    """That number, filled in by the run itself; None: not fixed yet, or there is no limit."""
     seed: int = 1337
     """Seed of initial weights, data order, dropout and samples."""
     device: str = "auto"
@@ -370,16 +375,21 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require_range(self, "max_steps", 1, 2**40)
+        require_range(self, "max_steps fitted_steps", 1, 2**40)
         require_range(self, "log_every keep", 1)
         require_range(self, "sample_tokens", 1, 2**20)
         require_range(self, "num_samples", 0, 10_000)
         require_range(self, "seed", 0, 2**63 - 1)
         require_range(self, "eval_every hellaswag_limit checkpoint_every checkpoint_minutes", 0)
-        require_range(self, "keep_every profile", 0)
+        require_range(self, "keep_every profile max_minutes", 0)
         require_range(self, "spike_zscore price mfu", 0, open_=True)
         for name in ("on", "mfu"):
             require(self.plan or getattr(self, name) is None, f"--{name} describes a machine to plan for; add --plan")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps the run takes, as far as it is fixed."""
+        return self.max_steps if self.fitted_steps is None else self.fitted_steps
 
 
 @dataclass(frozen=True)

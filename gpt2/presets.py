@@ -140,6 +140,7 @@ def presets() -> dict[str, tuple[str, Config]]:
                 run=RunConfig(
                     run_dir=Path("runs/quickstart"),
                     max_steps=220,
+                    max_minutes=4.0,
                     eval_every=55,
                     log_every=5,
                     hellaswag_limit=20,
@@ -281,6 +282,9 @@ def parse_args(argv: Sequence[str]) -> Config:
         if stop.code in (None, 0):
             raise
         raise UserError(f"{_in_one_line(said.getvalue())} {program} --help lists the settings") from None
+    limits = (default.run.max_steps, default.run.max_minutes)
+    if (config.run.max_steps, config.run.max_minutes) != limits and config.run.fitted_steps == default.run.fitted_steps:
+        config = replace(config, run=replace(config.run, fitted_steps=None))  # it was fixed under other limits
     if config.run.init_from is not None:
         shape = {f"--{f.name}".replace("_", "-") for f in fields(GPTConfig)} - {"--block-size", "--dropout"}
         given = {word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in words if word.startswith("--")}

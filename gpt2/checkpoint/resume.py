@@ -20,7 +20,7 @@ from gpt2.checkpoint.directory import (
     supersede_later,
     verify_checkpoint,
 )
-from gpt2.config import Config, GPTConfig, OptimConfig, config_difference
+from gpt2.config import Config, GPTConfig, OptimConfig, RunConfig, config_difference
 from gpt2.errors import UserError
 from gpt2.files import read_json, write_whole
 from gpt2.model.gpt import GPT
@@ -28,8 +28,8 @@ from gpt2.model.hf_format import config_from_hf
 from gpt2.model.pretrained import resolve_model
 
 CHANGEABLE = {
-    *("data.total_batch_tokens", "data.val_tokens", "run.max_steps", "run.dtype", "run.deterministic"),
-    *("run.on_nonfinite", "run.spike_zscore", "run.parallel", "model.dropout"),
+    *("data.total_batch_tokens", "data.val_tokens", "run.dtype", "run.deterministic", "run.parallel"),
+    *("run.max_steps", "run.max_minutes", "run.fitted_steps", "run.on_nonfinite", "run.spike_zscore", "model.dropout"),
 }
 """Settings that change what comes out of a run, and may change within it when that is asked for; so may the
 optimizer's, but for its kind."""
@@ -75,16 +75,31 @@ def check_config_change(old: Config, new: Config, where: Path) -> None:
 
 def settle_optim(config: Config) -> OptimConfig:
     """The optimizer's settings with `muon_qkv` decided where it is auto: a run keeps what it began with."""
-    optim, run = config.optim, config.run
+    optim = config.optim
     if optim.optimizer != "muon" or optim.muon_qkv != "auto":
         return optim
-    before = Config()
-    if (run.run_dir / "config.json").exists():
-        before = Config.load(run.run_dir / "config.json")
-    elif run.resume not in ("auto", "never"):
-        before = Config.from_dict(read_training(Path(run.resume)).get("config", {}))
-    together = before.optim.optimizer == "muon" and before.optim.muon_qkv == "together"
+    before = _before(config.run)
+    together = before is not None and before.optim.optimizer == "muon" and before.optim.muon_qkv == "together"
     return replace(optim, muon_qkv="together" if together else "apart")
+
+
+def settle_length(config: Config) -> RunConfig:
+    """The run's settings with the length that it was given before, where nothing is to change it."""
+    run, before = config.run, _before(config.run)
+    if before is None or run.max_steps != before.run.max_steps or run.fitted_steps is not None:
+        return run
+    if before.run.max_minutes == 0 and not run.allow_config_change:  # as the runs of versions without that setting
+        return replace(run, max_minutes=0.0)
+    return replace(run, fitted_steps=before.run.fitted_steps) if run.max_minutes == before.run.max_minutes else run
+
+
+def _before(run: RunConfig) -> Config | None:
+    """The settings a run has stored, or the checkpoint that it is told to resume; None where it begins."""
+    if (run.run_dir / "config.json").exists():
+        return Config.load(run.run_dir / "config.json")
+    if run.resume not in ("auto", "never"):
+        return Config.from_dict(read_training(Path(run.resume)).get("config", {}))
+    return None
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -234,8 +249,8 @@ def find_start(
         return None
 
     step = read_training(start)["step"]
-    if step > config.run.max_steps:
-        raise UserError(f"{start} is at step {step}, past --max-steps {config.run.max_steps}; give {step} or more")
+    if step > config.run.total_steps:
+        raise UserError(f"{start} is at step {step}, past --max-steps {config.run.total_steps}; give {step} or more")
     return start
 
 

@@ -107,7 +107,7 @@ class LiveBar:
     def show(self, status: Status) -> None:
         """Move the bar to this step and renew its figures."""
         left = "" if status.seconds_left is None else f"{duration(status.seconds_left)} left"
-        self.progress.update(self.task, completed=status.step, left=left)
+        self.progress.update(self.task, completed=status.step, total=status.total_steps, left=left)
         texts = parts(status, smoothed=True)
         if status.next_eval is not None:
             texts.append(f"evaluation in {status.next_eval} step{'s' * (status.next_eval != 1)}")

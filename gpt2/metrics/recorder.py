@@ -79,7 +79,7 @@ class Metrics:
         self.tokens_per_step = config.data.total_batch_tokens
         self.start_step = start_step
         self.start_tokens = start_step * self.tokens_per_step if start_tokens is None else start_tokens
-        self.total_steps = config.run.max_steps
+        self.total_steps = config.run.total_steps
         self.flops_per_token = flops_per_token
         self.corpus = reference.corpus_of(dataset)
         self.published = reference.published(self.corpus, config.to_dict())
@@ -219,6 +219,11 @@ class Metrics:
                 shares={name: seconds[name] / wall for name in PHASES} if wall > 0 else {},
             )
         )
+
+    def length(self, step: int, total_steps: int) -> None:
+        """Record how many steps the run has, where that was fixed after its start."""
+        self.total_steps = total_steps
+        self._write("length", step, {"total_steps": total_steps})
 
     def val(self, step: int, loss: float, val_tokens: int, val_bytes: int) -> None:
         """Record a validation loss.

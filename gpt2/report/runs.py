@@ -47,9 +47,14 @@ class RecordedRun:
 
     @property
     def start(self) -> Record:
-        """The last start; empty if that line is lost."""
-        starts = [record for record in self.history.live if record["kind"] == "run_start"]
-        return starts[-1] if starts else {}
+        """The last start, with the length that was fixed after it; empty if that line is lost."""
+        start: Record = {}
+        for record in self.history.live:
+            if record["kind"] == "run_start":
+                start = record
+            elif record["kind"] == "length" and start:
+                start = {**start, "total_steps": record.get("total_steps")}
+        return start
 
     @property
     def config(self) -> Mapping[str, Mapping[str, Any]]:

@@ -75,7 +75,7 @@ def digest(run: Run, pending: PendingStep, loader: Loader) -> None:
         run.last_norms.append(numbers.grad_norm)
     else:
         _judge_skip(run, pending, numbers)
-    if pending.step % run.config.run.log_every == 0 or pending.step == run.config.run.max_steps:
+    if pending.step % run.config.run.log_every == 0 or pending.step == run.config.run.total_steps:
         run.metrics.train(pending.step, loss=numbers.loss, lr=pending.lr, grad_norm=numbers.grad_norm)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -62,6 +63,7 @@ class Evaluator:
         if config.run.eval_every:
             self.val_bytes = world.on_main(lambda: count_val_bytes(val_blocks, config.data.val_tokens, tokenizer))
         self.examples = self._load_examples(say)
+        self.seconds: list[float] = []  # of each evaluation made
 
     def _load_examples(self, say: Callable[[str], None]) -> tuple[Example, ...]:
         """HellaSwag's examples; none if they are not wanted or could not be downloaded."""
@@ -99,7 +101,10 @@ class Evaluator:
 
         with torch.no_grad(), giving_back_memory(on=self.world.device.type == "cpu"):
             try:
-                return self._evaluate(step, metrics, proceed)
+                began = time.monotonic()
+                loss = self._evaluate(step, metrics, proceed)
+                self.seconds.append(time.monotonic() - began)
+                return loss
             except _Stopped:
                 return None
             finally:

@@ -99,7 +99,7 @@ def _evaluated_tokens(config: Config, sizes: DataSizes | None) -> float:
         return 0.0
     hellaswag = HELLASWAG_TOKENS * (1.0 if run.hellaswag_limit is None else min(run.hellaswag_limit / 10_042, 1))
     once = (config.data.val_tokens if sizes is None else sizes.val_tokens) + hellaswag
-    return (1 + -(-run.max_steps // run.eval_every)) * once
+    return (1 + -(-run.total_steps // run.eval_every)) * once
 
 
 def _speed(config: Config, plan: Plan, world_size: int, name: str, dtype: str) -> tuple[float | None, str]:

@@ -87,6 +87,7 @@ class Plan:
                 f" ({sizes.leftover_tokens} left over)" if sizes.leftover_tokens else ""
             )
         need = self.memory.bytes(data.micro_batch_size)
+        open_end = config.run.max_minutes > 0 and config.run.fitted_steps is None
         memory = f"{need / 2**30:.1f} GiB per process expected"
         if self.device_memory_bytes is not None:
             memory += f", of {self.device_memory_bytes / 2**30:.1f} GiB"
@@ -105,8 +106,10 @@ class Plan:
             "data": f"{data.data}{tokens}",
             "step": f"{self.tokens_per_step:,} tokens = {data.micro_batch_size} × {model.block_size} tokens "
             f"× {world_size} processes × {self.grad_accum_steps} micro-steps",
-            "run": f"{self.total_steps:,} steps = {self.total_tokens:,} tokens"
-            + ("" if self.epochs is None else f" = {self.epochs:,.2f} epochs"),
+            "run": ("at most " if open_end else "")
+            + f"{self.total_steps:,} steps = {self.total_tokens:,} tokens"
+            + ("" if self.epochs is None else f" = {self.epochs:,.2f} epochs")
+            + (f"; the first steps show how many fit into {config.run.max_minutes:g} min" if open_end else ""),
             "compute": f"{self.flops_per_token / 1e6:.3g} MFLOP per token, "
             f"{self.flops_per_token * self.total_tokens:.2e} FLOP in all",
             "memory": memory,
@@ -225,7 +228,7 @@ def make_plan(
         flops_per_token=network.flops_per_token(),
         grad_accum_steps=data.total_batch_tokens // per_micro_step,
         tokens_per_step=data.total_batch_tokens,
-        total_steps=config.run.max_steps,
+        total_steps=config.run.total_steps,
         sizes=sizes,
         memory=memory,
         device_memory_bytes=device_memory_bytes,

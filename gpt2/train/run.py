@@ -48,6 +48,7 @@ class Run:
         metrics: records what happens.
         writer: writes checkpoints in the background.
         lock: held by rank 0 until the run ends.
+        began: when this start began, in seconds of `time.monotonic`.
         step: optimizer steps finished.
         sequences_read: sequences of the run's order that its steps have used.
         val_loss: validation loss of this very step, if it was evaluated.
@@ -58,6 +59,7 @@ class Run:
         last_norms: gradient norms of the last updates, before clipping.
         stopping: a signal asked for the end.
         save_due: a process asked for a checkpoint.
+        pace_from: after the first step of this start: when, the seconds of evaluation until then, and which step.
     """
 
     config: Config
@@ -78,6 +80,7 @@ class Run:
     metrics: Metrics | NoMetrics
     writer: CheckpointWriter | NoWriter
     lock: FileIO | None
+    began: float
     step: int = 0
     sequences_read: int = 0
     val_loss: float | None = None
@@ -88,11 +91,17 @@ class Run:
     last_norms: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     stopping: bool = False
     save_due: bool = False
+    pace_from: tuple[float, float, int] | None = None
 
     @property
     def directory(self) -> Path:
         """The directory that the run writes to."""
         return self.config.run.run_dir
+
+    @property
+    def total_steps(self) -> int:
+        """Steps the run takes, as far as that is fixed."""
+        return self.config.run.total_steps
 
     def say(self, text: str) -> None:
         """Print a line, in rank 0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 from gpt2.allocator import keep_freed_memory
 from gpt2.checkpoint.directory import Checkpoint, list_checkpoints, read_checkpoint, step_directory
 from gpt2.checkpoint.mirror import Mirror, NoMirror
-from gpt2.checkpoint.resume import Origin, find_origin, find_start, is_own, load_weights, settle_optim, store_settings
+from gpt2.checkpoint.resume import (
+    Origin,
+    find_origin,
+    find_start,
+    is_own,
+    load_weights,
+    settle_length,
+    settle_optim,
+    store_settings,
+)
 from gpt2.checkpoint.writer import CheckpointWriter, NoWriter, worth_keeping
 from gpt2.config import Config, RunConfig
 from gpt2.distributed.hang import HangWatch
@@ -75,6 +85,7 @@ def set_up(config: Config, world: World) -> Run:
     Raises:
         UserError: the settings, the data, the machine or the run's directory do not allow it; in every process.
     """
+    began = time.monotonic()
     say: Callable[[str], None] = print if world.is_main else _silent
     dtype = resolve_dtype(config.run.dtype, world.device)  # `what_must_agree` has asked every process
     set_matmul_precision(dtype)
@@ -88,12 +99,11 @@ def set_up(config: Config, world: World) -> Run:
     world.on_main(lambda: restore_from_mirror(config, world, say))
     config = with_datas_vocabulary(config, dataset, say)
     origin = world.on_main(lambda: find_origin(config))  # downloads, if anything has to be
-    config = replace(
-        config,
-        model=origin.model,
-        optim=world.on_main(lambda: settle_optim(config)),
-        run=with_possible_prompt(config.run, tokenizer, say),
-    )
+    run = world.on_main(lambda: settle_length(config))
+    if run.max_minutes != config.run.max_minutes:
+        say(f"{'length':<11}the run was begun without --max-minutes, and keeps its {run.max_steps:,} steps")
+    optim = world.on_main(lambda: settle_optim(config))
+    config = replace(config, model=origin.model, optim=optim, run=with_possible_prompt(run, tokenizer, say))
     train_blocks, val_blocks, plan = world.agree(lambda: plan_run(config, world, dataset, tokenizer, dtype))
 
     facts = environment(world.device, world.size)
@@ -177,6 +187,7 @@ def set_up(config: Config, world: World) -> Run:
         metrics=metrics,
         writer=writer,
         lock=lock_file,
+        began=began,
         step=step,
         sequences_read=sequences_read,
         val_loss=training.get("val_loss"),
