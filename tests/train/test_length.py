@@ -155,7 +155,7 @@ def test_a_run_that_is_out_of_time_ends(char_data: Path, tmp_path: Path, clock: 
 
 
 def test_two_processes_agree(char_data: Path, tmp_path: Path) -> None:
-    config = small(char_data, tmp_path / "run", max_minutes=0.02, max_steps=1_000_000)
+    config = small(char_data, tmp_path / "run", max_minutes=0.02, max_steps=1_000_000, micro_batch_size=4)
     code, output = finish(ROOT / "train_gpt2.py", flags(config), processes=2)
     assert code == 0, output
     steps = stored(tmp_path / "run")["fitted_steps"]
