@@ -31,6 +31,7 @@ BENCHMARKS = {
     "loader": "start-up and tokens per second of the data loader",
     "generate": "sampling with a key-value cache: ours and transformers, eager and compiled",
     "ddp": "several processes against one",
+    "memory": "whether memory stays bounded over HellaSwag, a run, sampling",
 }
 
 

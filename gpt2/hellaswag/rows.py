@@ -115,7 +115,12 @@ class Row:
     @property
     def length(self) -> int:
         """Tokens the row takes: the endings' last ones are not read."""
-        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+        return len(self.context) + self.predicting - 1
+
+    @property
+    def predicting(self) -> int:
+        """Positions that predict something: the context's last one, and all of the endings' but their last ones."""
+        return 1 + sum(len(ending) - 1 for ending in self.endings)
 
 
 @dataclass(frozen=True)

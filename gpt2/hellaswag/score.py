@@ -29,7 +29,7 @@ from gpt2.distributed.parallel import whole
 from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.hellaswag.examples import ENDINGS, Example
-from gpt2.hellaswag.rows import Convention, Row, Rows, make_batches, make_rows, pack
+from gpt2.hellaswag.rows import Convention, Rows, make_batches, make_rows, pack
 from gpt2.model.attention_kernels import varying_backends
 from gpt2.model.cpu_inference import PackedLinear, can_pack, scoring_copy
 from gpt2.model.gpt import GPT
@@ -190,8 +190,9 @@ def evaluate_hellaswag(
         token_budget = CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET
     prepared = make_rows(tuple(examples), tokenizer, convention, model.config.block_size)
     rows = prepared.rows
-    # Few shapes for the compiler; rows of masks aligned for a GPU's kernels; no padding at all for a CPU.
-    multiple = 64 if compiled else 1 if on_cpu else 8
+    # Few shapes for the compiler, and rows of masks aligned for a GPU's kernels. On a CPU each shape leaves products
+    # that oneDNN has compiled, and holes in the heap that fit no other: 66 shapes in place of 218 take 1 % of padding.
+    multiple = 64 if compiled else 4 if on_cpu else 8
     batches = make_batches(np.array([row.length for row in rows]), world.size, token_budget, multiple)
 
     was_training = model.training
@@ -200,31 +201,36 @@ def evaluate_hellaswag(
         head = Head(model, dtype, chunk=1024 if on_cpu else 2048, tile=16 if on_cpu else 2048)
         # Packing is for the uncompiled; and weights are packed anew for each evaluation, in less than a batch takes.
         scorer = model if compiled else scoring_copy(model, dtype, token_budget)
-        scores: list[tuple[list[Row], np.ndarray, Tensor]] = []
-        done = scored = 0
+        own = [[rows[i] for i in batch.members[world.rank :: world.size]] for batch in batches]
+        scores = _Scores(head, sum(row.predicting for mine in own for row in mine), device)
+        packed: list[tuple[np.ndarray, np.ndarray]] = []  # of each batch: which scores, and of which of its endings
+        done = 0
         with (
             torch.compiler.set_stance("default" if compiled else "force_eager"),
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
             varying_backends(device),
         ):
-            for batch in batches:
-                mine = [rows[i] for i in batch.members[world.rank :: world.size]]
+            for batch, mine in zip(batches, own, strict=True):
                 arrays = pack(mine, batch.rows, batch.length)
-                log_probs = _score(scorer, head, arrays, device)
-                scores.append((mine, arrays["ending"], log_probs))
-                scored += len(arrays["heads"])
+                packed.append((scores.added * ENDINGS + arrays["scored"], arrays["ending"]))
+                moved = {
+                    name: torch.from_numpy(arrays[name]).to(device) for name in arrays.keys() - {"scored", "ending"}
+                }
+                scores.add(_states(scorer, moved), moved["targets"])
                 done += len(batch.members)
                 if progress is not None:
                     progress(done, len(rows))
+            log_probs = scores.finish().flatten().double().cpu().numpy()
     finally:
         model.train(was_training)
 
     sums = np.zeros(len(examples) * ENDINGS)
-    for mine, ending, log_probs in scores:
+    for mine, (places, ending) in zip(own, packed, strict=True):
         slots = [slots for row in mine for slots in row.slots]
-        totals = np.bincount(ending, log_probs.double().cpu().numpy(), len(slots))
+        totals = np.bincount(ending, log_probs[places], len(slots))
         for slot, total in zip(slots, totals, strict=True):
             sums[list(slot)] = total
+    scored = scores.added
     if world.size > 1:
         sums = world.sum_(torch.from_numpy(sums).to(device)).cpu().numpy()
         scored = int(world.sum_(torch.tensor(scored, device=device)).item())
@@ -241,16 +247,54 @@ def evaluate_hellaswag(
     )
 
 
-def _score(model: GPT, head: Head, arrays: dict[str, np.ndarray], device: torch.device) -> Tensor:
-    """Log-probabilities (m,) of all tokens of all endings that `pack` laid out."""
-    moved = {name: torch.from_numpy(array).to(device) for name, array in arrays.items() if name != "ending"}
-    segments = moved["segments"]  # (B, T)
+class _Scores:
+    """Log-probabilities of all positions that predict something, which pass through the head in whole chunks.
+
+    So the head and its logits, the largest of all, have one shape, whatever the batches': see `evaluate_hellaswag`.
+
+    Args:
+        head: of the model.
+        count: positions in all.
+        device: the head's.
+    """
+
+    def __init__(self, head: Head, count: int, device: torch.device):
+        self.head = head
+        self.added = self._done = 0
+        self._log_probs = torch.empty(count, ENDINGS, device=device)  # fp32
+        self._hidden: list[Tensor] = []  # of the positions that wait
+        self._targets: list[Tensor] = []
+
+    def add(self, hidden: Tensor, targets: Tensor) -> None:
+        """Take the (n, C) states of positions and the (n, 4) ids they predict."""
+        self._hidden.append(hidden)
+        self._targets.append(targets)
+        self.added += len(targets)
+        waiting = self.added - self._done
+        if waiting >= self.head.chunk:
+            self._score(waiting - waiting % self.head.chunk)
+
+    def finish(self) -> Tensor:
+        """All log-probabilities (count, 4), nats, in the order in which their positions were added."""
+        if self.added > self._done:
+            self._score(self.added - self._done)
+        return self._log_probs
+
+    def _score(self, n: int) -> None:
+        hidden, targets = torch.cat(self._hidden), torch.cat(self._targets)
+        with torch.autocast(hidden.device.type, enabled=False):
+            self._log_probs[self._done : self._done + n] = self.head.log_probs(hidden[:n], targets[:n])
+        self._done += n
+        self._hidden, self._targets = [hidden[n:].clone()], [targets[n:].clone()]
+
+
+def _states(model: GPT, arrays: dict[str, Tensor]) -> Tensor:
+    """Last states (n, C) of the positions that predict something, of what `pack` laid out."""
+    segments = arrays["segments"]  # (B, T)
     mask = segments[:, None, :] == 0  # every token of the row sees the context
     mask = mask | (segments[:, :, None] == segments[:, None, :])  # (B, T, T)
-    hidden = model.hidden(moved["tokens"], moved["positions"], mask)  # (B, T, C)
-    with torch.autocast(device.type, enabled=False):
-        log_probs = head.log_probs(hidden.flatten(0, 1)[moved["heads"]], moved["targets"])  # (n, 4)
-    return log_probs.flatten()[moved["scored"]]
+    hidden = model.hidden(arrays["tokens"], arrays["positions"], mask)  # (B, T, C)
+    return hidden.flatten(0, 1)[arrays["heads"]]
 
 
 def _result(

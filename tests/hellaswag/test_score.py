@@ -122,6 +122,27 @@ def test_memory_is_bounded_by_the_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chunks == [5, 5, 2]
 
 
+def test_a_cpu_sees_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: set[int] = set()
+    chunks: list[int] = []
+    hidden, log_probs = GPT.hidden, Head.log_probs
+
+    def spy(self: GPT, tokens: Tensor, *args: Any) -> Tensor:
+        lengths.add(tokens.size(1))
+        return hidden(self, tokens, *args)
+
+    def count(self: Head, states: Tensor, targets: Tensor) -> Tensor:
+        chunks.append(len(states))
+        return log_probs(self, states, targets)
+
+    monkeypatch.setattr(GPT, "hidden", spy)
+    monkeypatch.setattr(Head, "log_probs", count)
+    result = score(make_model(SHAPES["gpt2"]), make_examples(60), token_budget=256)
+    assert all(length % 4 == 0 for length in lengths)
+    assert sum(chunks) == result.scored > 1024
+    assert all(chunk % 1024 == 0 for chunk in chunks[:-1])
+
+
 def _evaluate_in_process(rank: int, size: int, port: int, examples: tuple[Example, ...], out: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
