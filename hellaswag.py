@@ -284,4 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, when_full="use a smaller --token-budget, --dtype bf16, or a smaller model")

@@ -57,6 +57,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that a device, or the host, has no memory left: of CUDA, MPS, a CPU on Linux or Windows."""
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
+
+
 @cache
 def warn(message: str) -> None:
     """Say what works, but not well: one line on stderr, once, by one of a machine's processes."""
@@ -104,7 +112,7 @@ def outliving_output() -> Iterator[None]:
         yield
 
 
-def run_cli(main: Callable[[], int | None]) -> NoReturn:
+def run_cli(main: Callable[[], int | None], when_full: str = "use a smaller model") -> NoReturn:
     """Run an entry point and exit with its code.
 
     A `UserError` becomes one line on stderr and exit code 2, from one process only of those torchrun started on a
@@ -114,6 +122,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
     Args:
         main: returns the exit code; None counts as 0.
+        when_full: what helps where memory does not suffice; the error says it in its line.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -138,5 +147,10 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             raise
         name = "" if error.filename is None else f"{error.filename}: "
         print(f"error: {visible(name + (error.strerror or str(error)))}", file=sys.stderr)
+        code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({visible(first_line(error))}); {when_full}", file=sys.stderr)
         code = 2
     sys.exit(code)

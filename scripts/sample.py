@@ -194,4 +194,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, when_full="use fewer prompts or --num-samples at a time, or a smaller model")

@@ -75,6 +75,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "hellaswag": ("tokens", "acc", "acc_norm", "stderr", "examples"),
     "sample": ("tokens",),
     "skip": ("loss", "grad_norm"),
+    "length": ("total_steps",),
 }
 """What a line of each kind must hold, beside kind, step and time."""
 

@@ -53,7 +53,7 @@ class RecordedRun:
             if record["kind"] == "run_start":
                 start = record
             elif record["kind"] == "length" and start:
-                start = {**start, "total_steps": record.get("total_steps")}
+                start = {**start, "total_steps": record["total_steps"]}
         return start
 
     @property
@@ -73,7 +73,7 @@ class RecordedRun:
         changes = {}
         for name, (_, config) in presets().items():
             other = config.to_dict()
-            changes[name] = len(config_difference(self.config, other).keys() - {"run.run_dir"})
+            changes[name] = len(config_difference(self.config, other).keys() - {"run.run_dir", "run.fitted_steps"})
         nearest = min(changes, key=lambda name: changes[name])
         if changes[nearest] > MAX_CHANGES:
             return None

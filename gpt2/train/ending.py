@@ -15,12 +15,12 @@ from gpt2.checkpoint.directory import list_checkpoints
 from gpt2.config import Config
 from gpt2.distributed.signals import StopSignals
 from gpt2.distributed.world import World
-from gpt2.errors import UserError, first_line, outliving_output
+from gpt2.errors import UserError, first_line, is_out_of_memory, outliving_output
 from gpt2.metrics.history import METRICS_FILE, read_metrics, time_spent
 from gpt2.metrics.recorder import EndReason
 from gpt2.progress import duration
 from gpt2.train.divergence import Diverged
-from gpt2.train.out_of_memory import explain, is_out_of_memory
+from gpt2.train.out_of_memory import explain
 from gpt2.train.run import Run
 from gpt2.train.setup import set_up
 

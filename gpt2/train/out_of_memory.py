@@ -1,8 +1,9 @@
-"""When a device's memory runs out: which micro-batch would fit, and a picture of what filled it."""
+"""When a device's memory runs out: what ran, which micro-batch would fit, and a picture of what filled it."""
 
 from __future__ import annotations
 
 import math
+import traceback
 from pathlib import Path
 
 import torch
@@ -13,15 +14,23 @@ from gpt2.errors import UserError, first_line
 from gpt2.train.memory import HEADROOM
 from gpt2.train.plan import Plan
 
-# Of MPS, of the CPU allocator on Linux and on Windows; CUDA has an exception of its own.
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+_PARTS = {
+    "torch._dynamo.convert_frame": ("compiling the model", "--no-compile leaves that out"),
+    "gpt2.hellaswag.score": (
+        "scoring HellaSwag",
+        "--hellaswag-limit 0 leaves that out, and hellaswag.py does it later",
+    ),
+    "gpt2.generation.generate": ("sampling", "use a smaller --num-samples or --sample-tokens"),
+    "gpt2.train.saving": ("saving a checkpoint", "it takes a copy of weights and optimizer in the host's memory"),
+    "gpt2.train.validation": ("evaluating the validation loss", None),
+}
+"""What ran, and what helps, by the module whose function was at work; None: what helps a training step, too."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that a device, or the host, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+def what_ran(error: BaseException) -> tuple[str, str | None]:
+    """What a run was doing when it raised an error, told from the traceback, and what helps if that is its own."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((_PARTS[module] for module in reversed(frames) if module in _PARTS), ("training", None))
 
 
 def smaller_micro_batch(config: Config, plan: Plan, world_size: int) -> int | None:
@@ -70,12 +79,13 @@ def explain(error: BaseException, config: Config, plan: Plan, world: World) -> U
         plan: that run's plan.
         world: the run's processes.
     """
-    fitting = smaller_micro_batch(config, plan, world.size)
+    ran, remedy = what_ran(error)
     snapshot = config.run.run_dir / f"out_of_memory_rank{world.rank}.pickle"
     written = write_snapshot(snapshot, world.device)
     picture = f"; {snapshot} shows what filled it (https://pytorch.org/memory_viz)" if written else ""
     return UserError(
-        f"rank {world.rank} is out of memory on {world.device} with --micro-batch-size {config.data.micro_batch_size} "
-        f"({first_line(error)}); {plan.advice(fitting, config)}{picture}",
+        f"rank {world.rank} is out of memory on {world.device}, {ran} with --micro-batch-size "
+        f"{config.data.micro_batch_size} ({first_line(error)}); "
+        f"{remedy or plan.advice(smaller_micro_batch(config, plan, world.size), config)}{picture}",
         alone=True,
     )

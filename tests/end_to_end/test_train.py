@@ -267,7 +267,9 @@ def test_out_of_memory_is_one_line(char_data: Path, tmp_path: Path, monkeypatch:
     text = str(caught.value)
     assert caught.value.alone
     assert "\n" not in text
-    assert text.startswith("rank 0 is out of memory on cpu with --micro-batch-size 8 (CUDA out of memory. Tried")
+    assert text.startswith(
+        "rank 0 is out of memory on cpu, training with --micro-batch-size 8 (CUDA out of memory. Tried"
+    )
     assert "use --micro-batch-size 4" in text
     assert records(tmp_path, "run_end")[-1]["reason"] == "error"
 

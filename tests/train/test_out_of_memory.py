@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from small_runs import ALONE, small, train_loop
 
 from gpt2.config import Config, DataConfig, RunConfig
-from gpt2.errors import first_line
+from gpt2.errors import UserError, first_line, is_out_of_memory, run_cli
+from gpt2.train.ending import run_to_its_end
 from gpt2.train.memory import memory_need
-from gpt2.train.out_of_memory import is_out_of_memory, smaller_micro_batch, write_snapshot
+from gpt2.train.out_of_memory import smaller_micro_batch, what_ran, write_snapshot
 from gpt2.train.plan import make_plan
 
 GIB = 2**30
@@ -78,3 +81,57 @@ def test_advice() -> None:
 def test_no_picture_of_a_cpu(tmp_path: Path) -> None:
     assert not write_snapshot(tmp_path / "x.pickle", torch.device("cpu"))
     assert not (tmp_path / "x.pickle").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "changes", "said"),
+    [
+        ("gpt2.model.gpt", "GPT.forward", {}, ("training with", "use --micro-batch-size 4")),
+        ("gpt2.model.gpt", "GPT.forward", {"eval_every": 10}, ("evaluating the validation loss", "-size 4")),
+        (
+            "gpt2.generation.generate",
+            "check_prompts",
+            {"eval_every": 10, "num_samples": 1},
+            ("sampling", "--num-samples"),
+        ),
+        ("gpt2.train.saving", "state_tensors", {"max_steps": 1}, ("saving a checkpoint", "the host's memory")),
+    ],
+)
+def test_it_names_what_ran(
+    char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, changes: Any, said: Any
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(f"{module}.{name}", full)
+    with pytest.raises(UserError) as caught:
+        run_to_its_end(train_loop, small(char_data, tmp_path / "run", **changes), ALONE)
+    for part in said:
+        assert part in str(caught.value)
+
+
+def test_it_names_hellaswag_and_compilation() -> None:
+    def raised_in(module: str) -> BaseException:
+        code = "def f():\n raise MemoryError\n"
+        space: dict[str, Any] = {"__name__": module}
+        exec(code, space)
+        with pytest.raises(MemoryError) as caught:
+            space["f"]()
+        return caught.value
+
+    assert what_ran(raised_in("gpt2.hellaswag.score"))[0] == "scoring HellaSwag"
+    assert what_ran(raised_in("torch._dynamo.convert_frame"))[0] == "compiling the model"
+    assert what_ran(raised_in("train_gpt2"))[0] == "training"
+
+
+def test_a_command_tells_it_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        torch.empty(2**60, dtype=torch.int8)
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(full, when_full="use less")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory (")
+    assert error.endswith("); use less\n")
+    assert error.count("\n") == 1
