@@ -6,6 +6,8 @@ Both are told the same things; `open_console` chooses.
 from __future__ import annotations
 
 import sys
+import textwrap
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
@@ -101,8 +103,10 @@ class LiveBar:
         )
         self.task = self.progress.add_task("training", total=total_steps, completed=start_step, left="")
         self.figures = Text()
-        self.live = Live(Group(self.progress, self.figures), console=console, refresh_per_second=4)
-        self.live.start()
+        # Not refreshed by a thread of rich's: what it draws while a line is printed would stay behind above the bar.
+        self.live = Live(Group(self.progress, self.figures), console=console, auto_refresh=False)
+        self.live.start(refresh=True)
+        self.drawn = time.monotonic()
 
     def show(self, status: Status) -> None:
         """Move the bar to this step and renew its figures."""
@@ -112,17 +116,31 @@ class LiveBar:
         if status.next_eval is not None:
             texts.append(f"evaluation in {status.next_eval} step{'s' * (status.next_eval != 1)}")
         self.figures.plain = " | ".join(texts)
+        if time.monotonic() - self.drawn > 0.1:  # drawing takes a millisecond, steps may take less
+            self.draw()
+
+    def draw(self) -> None:
+        """Bring the bar's state to the screen."""
+        self.live.refresh()
+        self.drawn = time.monotonic()
 
     def say(self, text: str, *, strong: bool = False) -> None:
         """Print above the bar; a strong line in bold."""
         from rich.text import Text
 
+        # rich would cut a path longer than a line into pieces that cannot be copied; the terminal wraps it whole.
+        width = self.live.console.width
+        wrapped = "\n".join(
+            textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+            for line in visible(text, "\n\t").split("\n")
+        )
         # As a Text: a style given to print would colour the bar as well.
-        self.live.console.print(Text(visible(text, "\n\t"), style="bold green" if strong else ""))
+        self.live.console.print(Text(wrapped, style="bold green" if strong else ""), soft_wrap=True)
 
     def activity(self, phase: str | None) -> None:
         """Name what runs in place of training; None: training again."""
         self.progress.update(self.task, description="training" if phase is None else PHASE_TITLES[phase])
+        self.draw()
 
     def close(self) -> None:
         """Give the terminal back, with the bar's last state left standing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,3 +81,37 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(open_console(100, 0, terminal), LogLines)
     assert isinstance(open_console(100, 0, io.StringIO()), LogLines)
+
+
+WORDS = "step 20 | validation loss 6.1234 (2.3456 bits per byte) | GPT-2 124M on FineWeb-Edu 3.2924: 2.8310 to go"
+PATH = "/a/path/" + "that/is/longer/than/a/line/" * 8
+SHOWING = f"""
+from gpt2.metrics.console import LiveBar, Status, open_console
+console = open_console(1000, 0)
+assert isinstance(console, LiveBar)
+for step in range(1, 31):
+    console.show(Status(step, 1000, 3.14159, 3.25, 6e-4, 1.234, 12345.6, None, 2**31, 3599.0, 30 - step, {{}}))
+    console.draw()
+    if step % 10 == 0:
+        console.activity("eval")
+        console.say("{WORDS}", strong=True)
+        console.say("saved in {PATH}")
+        console.activity(None)
+console.close()
+"""
+
+
+@pytest.mark.parametrize("columns", [0, 60, 80, 200])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_no_bar_stays_behind_and_no_word_is_broken(columns: int, encoding: str) -> None:
+    pytest.importorskip("rich")
+    screen = pytest.importorskip("screen", reason="pseudo-terminals are not of this system").Screen(columns, encoding)
+    assert screen.run([sys.executable, "-c", SHOWING]) == 0
+    rows = screen.rows()
+    bars = [number for number, row in enumerate(rows) if "/1000" in row]
+    assert len(bars) == 1  # at the end, with its figures below
+    assert "30/1000" in rows[bars[0]]
+    assert " ".join(" ".join(rows[bars[0] + 1 :]).split()).startswith("loss 3.1416 (mean 3.2500) | lr 6.00e-04 | norm")
+    above = rows[: bars[0]]
+    assert " ".join(" ".join(above).split()).count(WORDS) == 3
+    assert "".join(above).count(PATH) == 3
