@@ -23,7 +23,7 @@ import torch
 
 from gpt2.distributed.world import World, joined_world
 from gpt2.errors import ArgumentParser, UserError, run_cli
-from gpt2.files import check_output, write_whole
+from gpt2.files import check_output, user_path, write_whole
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
 from gpt2.hellaswag.rows import CONVENTIONS
@@ -58,7 +58,9 @@ def parse_arguments() -> argparse.Namespace:
         "(gpt2 … gpt2-xl); give -m several times for one table",
     )
     parser.add_argument("-d", "--device", default="auto", help="auto, cuda, mps or cpu [auto]")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="HellaSwag .jsonl or .parquet [the published split]")
+    parser.add_argument(
+        "--data", type=user_path, metavar="FILE", help="HellaSwag .jsonl or .parquet [the published split]"
+    )
     parser.add_argument("--split", choices=("val", "train"), default="val", help="published split [val]")
     parser.add_argument("--convention", choices=(*CONVENTIONS, "both"), default="both", help="[both]")
     parser.add_argument("--limit", type=int, metavar="N", help="N examples, evenly spaced over the file [all]")
@@ -75,8 +77,8 @@ def parse_arguments() -> argparse.Namespace:
         help=f"tokens a device holds at a time [{CPU_TOKEN_BUDGET} on a CPU, else {GPU_TOKEN_BUDGET}]",
     )
     parser.add_argument("--compile", action="store_true", help="compile the model first, for a few fixed shapes")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
-    parser.add_argument("--per-example", type=Path, metavar="OUT", help="write a line of JSON an example there")
+    parser.add_argument("--json", type=user_path, metavar="OUT", help="write the results there")
+    parser.add_argument("--per-example", type=user_path, metavar="OUT", help="write a line of JSON an example there")
     return parser.parse_args()
 
 

@@ -27,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
+from gpt2.files import user_path
 from gpt2.prepare.sources import Source, SourceFile
 from gpt2.tokens.dataset import TokenStream
 from gpt2.tokens.tokenizer import Tokenizer
@@ -93,7 +94,9 @@ def make_parser() -> ArgumentParser:
         metavar="NAME",
         help="of the text given with --source; 'fineweb-edu' and 'fineweb' keep their baselines",
     )
-    add("--out", type=Path, metavar="DIR", help="directory of the shards; needed with --source [data/DATASET_SIZE]")
+    add(
+        "--out", type=user_path, metavar="DIR", help="directory of the shards; needed with --source [data/DATASET_SIZE]"
+    )
     add("--shard-tokens", type=count, default=100_000_000, metavar="N", help="tokens a training shard")
     add(
         "--val-tokens",
@@ -126,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _directory(command: str, description: str, arguments: list[str]) -> Path:
     parser = ArgumentParser(prog=f"{Path(sys.argv[0]).name} {command}", description=description)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="directory of the shards")
+    parser.add_argument("directory", type=user_path, metavar="DIR", help="directory of the shards")
     directory: Path = parser.parse_args(arguments).directory
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory")

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli
-from gpt2.files import read_plain
+from gpt2.files import read_plain, user_path
 
 _VAL_EVERY = 20  # one document in so many is for validation: 5 %
 _SMALLEST = 500_000  # bytes; less means that the library's sources are not there
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = ArgumentParser(description="Python's own documentation as GPT-2 token shards.")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path(__file__).parent / "pydocs", help="[data/pydocs]"
+        "--out", type=user_path, metavar="DIR", default=Path(__file__).parent / "pydocs", help="[data/pydocs]"
     )
     out = parser.parse_args(argv).out
     source = {"description": "documentation of Python's standard library", "revision": platform.python_version()}

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli
-from gpt2.files import read_plain
+from gpt2.files import read_plain, user_path
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -28,8 +28,8 @@ _TIMEOUT = 20.0  # seconds without an answer
 def make_parser() -> ArgumentParser:
     """Options of this script."""
     parser = ArgumentParser(description="TinyShakespeare as token shards; a finished data set is reused.")
-    parser.add_argument("--source", type=Path, metavar="FILE", help="a copy of the file, or another text, instead")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="[data/shakespeare, or data/shakespeare_char]")
+    parser.add_argument("--source", type=user_path, metavar="FILE", help="a copy of the file, or another text, instead")
+    parser.add_argument("--out", type=user_path, metavar="DIR", help="[data/shakespeare, or data/shakespeare_char]")
     parser.add_argument("--tokenizer", choices=("gpt2", "char"), default="gpt2", help="GPT-2's BPE, or characters")
     parser.add_argument("--format", choices=("npy", "bin"), default="npy", help="NumPy's format, or llm.c's")
     return parser

@@ -22,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli
+from gpt2.files import user_path
 from gpt2.tokens.tokenizer import Tokenizer
 
 _VAL_SHARE = 0.05
@@ -33,7 +34,9 @@ def make_parser() -> ArgumentParser:
     """Options of this script."""
     parser = ArgumentParser(description="Text of your own as token shards; a finished data set is reused.")
     parser.add_argument("paths", nargs="+", metavar="FILE_OR_DIR", help="text files, directories or patterns")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="[data/NAME of the first path; with _char behind it]")
+    parser.add_argument(
+        "--out", type=user_path, metavar="DIR", help="[data/NAME of the first path; with _char behind it]"
+    )
     parser.add_argument("--tokenizer", choices=("gpt2", "char"), default="gpt2", help="GPT-2's BPE, or characters")
     parser.add_argument("--endings", nargs="+", default=[], metavar=".EXT", help="further endings to read, as .py .c")
     parser.add_argument("--format", choices=("npy", "bin"), default="npy", help="NumPy's format, or llm.c's")

@@ -386,6 +386,11 @@ def sha256_file(path: Path) -> str:
     return digest
 
 
+def user_path(text: str | Path) -> Path:
+    """A path that a user gave: a leading ~ is the home directory, also in `--out=~/x`, where no shell looks for it."""
+    return Path(os.path.expanduser(text))
+
+
 def cache_directory() -> Path:
     """This user's directory for downloads and token caches."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

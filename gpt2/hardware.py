@@ -151,5 +151,6 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "host": platform.node(),
         "platform": platform.platform(),
         "commit": git_commit(),
+        "directory": os.getcwd(),
         "versions": versions,
     }

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from gpt2.config import Config, DataConfig, GPTConfig, OptimConfig, RunConfig
 from gpt2.errors import UserError
+from gpt2.files import read_json, user_path
+
+P = TypeVar("P", DataConfig, RunConfig)
 
 
 def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, micro_batch_size: int, **optim: float) -> Config:
@@ -243,7 +246,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         at = words.index("--config")
         if at + 1 == len(words):
             raise UserError("--config needs the path of a run's config.json")
-        path = Path(words[at + 1])
+        path = user_path(words[at + 1])
         if path.is_dir():  # a run's, its `checkpoints`, or one of these
             path = path.resolve().parent if (path / "training.json").exists() else path
             path = (path.resolve().parent if path.resolve().name == "checkpoints" else path) / "config.json"
@@ -253,6 +256,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         default, program = Config.load(path), "train_gpt2.py --config CONFIG"
         if (path.parent / "metrics.jsonl").exists():  # a run, which may have been moved since it wrote that
             default = replace(default, run=replace(default.run, run_dir=path.parent))
+            default = _from_where_it_was_started(default)
     else:
         name = words.pop(0) if words and not words[0].startswith("-") else "gpt2"
         if name not in named:
@@ -282,6 +286,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         if stop.code in (None, 0):
             raise
         raise UserError(f"{_in_one_line(said.getvalue())} {program} --help lists the settings") from None
+    config = replace(config, data=_at_home(config.data), run=_at_home(config.run))
     limits = (default.run.max_steps, default.run.max_minutes)
     if (config.run.max_steps, config.run.max_minutes) != limits and config.run.fitted_steps == default.run.fitted_steps:
         config = replace(config, run=replace(config.run, fitted_steps=None))  # it was fixed under other limits
@@ -293,6 +298,35 @@ def parse_args(argv: Sequence[str]) -> Config:
                 f"--init-from {config.run.init_from} brings the model's shape, which {odd} cannot change; leave one out"
             )
     return config
+
+
+def _from_where_it_was_started(config: Config) -> Config:
+    """A run's settings, with data that is not found from here found from the directory in which the run was started."""
+    try:
+        started = Path(read_json(config.run.run_dir / "environment.json", dict).get("directory", ""))
+    except (FileNotFoundError, UserError, TypeError):  # of a version that did not write it, or damaged
+        return config
+
+    def find(path: Path) -> Path:
+        return started / path if not path.exists() and (started / path).exists() else path
+
+    examples = config.run.hellaswag_data
+    return replace(
+        config,
+        data=replace(config.data, data=find(config.data.data)),
+        run=replace(config.run, hellaswag_data=None if examples is None else find(examples)),
+    )
+
+
+def _at_home(part: P) -> P:
+    """Settings with ~ at the beginning of a path replaced."""
+    paths = {
+        f.name: getattr(part, f.name)
+        for f in fields(part)
+        if "Path" in str(f.type) or f.name in ("init_from", "resume")
+    }
+    changes = {name: type(path)(user_path(path)) for name, path in paths.items() if str(path).startswith("~")}
+    return replace(part, **changes)
 
 
 def _in_one_line(box: str) -> str:

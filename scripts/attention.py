@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from gpt2.distributed.world import pick_device
 from gpt2.errors import ArgumentParser, UserError, run_cli
 from gpt2.figures import check_picture, save_figure
+from gpt2.files import user_path
 from gpt2.model.attention import recorded_weights
 from gpt2.model.gpt import GPT, load_pretrained
 
@@ -39,7 +40,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("-m", "--model", required=True, help="a run, a checkpoint, a transformers directory, or a name on the Hub")
     add("--prompt", required=True, metavar="TEXT", help=f"1 to {MAX_TOKENS} tokens")
     add("--layer", type=int, default=0, help="from 0; negative ones count from the last [0]")
-    add("--out", type=Path, default=Path("attention.png"), metavar="FILE", help="[attention.png]")
+    add("--out", type=user_path, default=Path("attention.png"), metavar="FILE", help="[attention.png]")
     add("--device", default="auto", help="auto, cuda, mps or cpu [auto]")
     return parser.parse_args(argv)
 

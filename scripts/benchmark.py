@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from gpt2.distributed.world import pick_device
 from gpt2.errors import ArgumentParser, UserError, run_cli
-from gpt2.files import check_output, write_whole
+from gpt2.files import check_output, user_path, write_whole
 from gpt2.hardware import environment
 
 BENCHMARKS = {
@@ -67,7 +67,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write the result there")
     module.add_arguments(parser)
     args = parser.parse_args(sys.argv[2:])
     check_output(args.json, "--json")

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from gpt2.distributed.world import pick_device
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
 from gpt2.figures import check_picture, save_figure
-from gpt2.files import open_plain
+from gpt2.files import open_plain, user_path
 from gpt2.generation.generate import generate
 from gpt2.model.gpt import GPT, load_pretrained
 from gpt2.model.loss import IGNORE
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("text", type=Path, help="a text file, UTF-8")
+    add("text", type=user_path, help="a text file, UTF-8")
     add("--model", help="a GPT over the same characters to put beside them: a run of train_gpt2.py shakespeare-char")
     add("--characters", type=int, metavar="N", help="use only the first N of the text [all]")
     add("--steps", type=int, default=1500, help="of training the MLPs [1500]")
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--start", default="", metavar="TEXT", help="what the samples continue [the first character there is]")
     add("--greedy", action="store_true", help="let the samples take the likeliest character instead of drawing")
     add("--seed", type=seed_number, default=0, help="of their weights and the samples [0]")
-    add("--out", type=Path, default=Path("bigram.png"), metavar="FILE", help="the plot [bigram.png]")
+    add("--out", type=user_path, default=Path("bigram.png"), metavar="FILE", help="the plot [bigram.png]")
     add("--device", default="auto", help="for the GPT: auto, cuda, mps or cpu [auto]")
     args = parser.parse_args(argv)
     if args.steps < 1:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
 from gpt2.figures import check_picture, label, save_figure
-from gpt2.files import check_output, write_whole
+from gpt2.files import check_output, user_path, write_whole
 from gpt2.progress import duration
 from gpt2.report.compare import (
     LOWER_IS_BETTER,
@@ -52,14 +52,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN_OR_GROUP", help="a run's directory, or a folder of runs")
+    add("runs", nargs="+", type=user_path, metavar="RUN_OR_GROUP", help="a run's directory, or a folder of runs")
     add("--metric", choices=list(TITLES), default="val", help="; ".join(f"{k}: {v}" for k, v in TITLES.items()))
     add("--target", type=float, help="test each group against this figure, and say when it was reached")
     add("--tokens", type=int, metavar="N", help="compare at N training tokens instead of at the end")
-    add("--baseline", type=Path, metavar="RUN", help="a run of the group to compare with, or its folder [the settings"
-        " that differ least from all others]")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write everything as JSON too; - for standard output, alone")
-    add("--picture", type=Path, metavar="FILE", help="draw the groups' mean losses and the runs' figures")
+    add("--baseline", type=user_path, metavar="RUN", help="a run of the group to compare with, or its folder [the"
+        " settings that differ least from all others]")  # fmt: skip
+    add("--json", type=user_path, metavar="FILE", help="write everything as JSON too; - for standard output, alone")
+    add("--picture", type=user_path, metavar="FILE", help="draw the groups' mean losses and the runs' figures")
     args = parser.parse_args(argv)
     if args.tokens is not None and (args.tokens < 1 or args.metric == "tok_s"):
         raise UserError(f"--tokens is {args.tokens}; it must be at least 1, and has no meaning for --metric tok_s")

@@ -27,7 +27,7 @@ from torch import Tensor
 from gpt2.checkpoint.directory import TRAINING, read_training, verify_checkpoint
 from gpt2.config import GPTConfig
 from gpt2.errors import UserError, first_line, run_cli
-from gpt2.files import write_whole
+from gpt2.files import user_path, write_whole
 from gpt2.metrics import reference
 from gpt2.model.gpt import GPT
 from gpt2.model.hf_format import config_to_hf, not_in_transformers, state_dict_to_hf
@@ -322,7 +322,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run", metavar="RUN[@best]", help="a run (its newest checkpoint, or its best) or a checkpoint")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="to write: empty, or not there yet")
+    parser.add_argument("folder", type=user_path, metavar="DIR", help="to write: empty, or not there yet")
     parser.add_argument("--license", default="unknown", metavar="ID", help="of the weights, such as mit [unknown]")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub; a new one is private")
     args = parser.parse_args()

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, run_cli
-from gpt2.files import check_output, write_whole
+from gpt2.files import check_output, user_path, write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = 9
@@ -142,7 +142,7 @@ def main() -> int:
     """Make golden values, or compare two files of them."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "files", type=Path, nargs="+", metavar="FILE", help="file to write; with --compare, two to read"
+        "files", type=user_path, nargs="+", metavar="FILE", help="file to write; with --compare, two to read"
     )
     parser.add_argument("--compare", action="store_true", help="compare two files instead of making one")
     args = parser.parse_args()

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli
+from gpt2.files import user_path
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, content_lines, spread
 from gpt2.model.pretrained import resolve_model
@@ -86,7 +87,7 @@ def main() -> None:
     """Entry point."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a run, a checkpoint, a transformers GPT-2 directory, or a name on the Hub")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="HellaSwag .jsonl [the published val split]")
+    parser.add_argument("--data", type=user_path, metavar="FILE", help="HellaSwag .jsonl [the published val split]")
     parser.add_argument("--limit", type=int, metavar="N", help="N examples, evenly spaced over the file [all]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … [cpu]")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights [float32]")

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
-from gpt2.files import check_output, read_plain, write_whole
+from gpt2.files import check_output, read_plain, user_path, write_whole
 from gpt2.metrics.history import METRICS_FILE
 from gpt2.report.content import report
 from gpt2.report.runs import RecordedRun, open_run
@@ -97,8 +97,8 @@ def main() -> int:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
-    parser.add_argument("--out", type=Path, help="the page (default: report.html in the first RUN)")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="directory of a run")
+    parser.add_argument("--out", type=user_path, help="the page (default: report.html in the first RUN)")
     parser.add_argument("--price", type=positive, help="of one device for one hour, for the cost estimate")
     parser.add_argument("--log-tokens", action="store_true", help="logarithmic token axis in the PNG pictures")
     parser.add_argument("--no-png", dest="png", action="store_false", help="write the page alone")

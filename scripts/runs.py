@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
+from gpt2.files import user_path
 from gpt2.progress import columns_of, table
 from gpt2.report.compare import INCIDENTAL
 from gpt2.report.content import differences
@@ -59,7 +60,9 @@ def shown(value: object) -> str:
 def main() -> int:
     """Print the table."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    parser.add_argument(
+        "directory", nargs="?", type=user_path, default=Path("runs"), metavar="DIR", help="default: runs"
+    )
     directory: Path = parser.parse_args().directory
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give one that holds runs")

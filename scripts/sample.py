@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from gpt2.distributed.world import pick_device
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
-from gpt2.files import open_plain
+from gpt2.files import open_plain, user_path
 from gpt2.generation.generate import stream
 from gpt2.generation.prompt import prompt_tokens
 from gpt2.generation.text_stream import TextStream
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="TEXT",
         help="may be repeated; all are continued at once; '' begins a document",
     )
-    add("-f", "--file", type=Path, help="read the prompt from a file (- for standard input)")
+    add("-f", "--file", type=user_path, help="read the prompt from a file (- for standard input)")
     add("--special", action="store_true", help="take <|endoftext|> in a prompt as the token, not as characters")
     add("-n", "--num-samples", type=int, default=1, help="texts a prompt [1]")
     add("--max-new-tokens", type=int, default=64, help="[64]")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from gpt2.config import config_difference
 from gpt2.errors import ArgumentParser, UserError, run_cli, visible
-from gpt2.files import make_directory
+from gpt2.files import make_directory, user_path
 from gpt2.metrics.history import METRICS_FILE
 from gpt2.presets import parse_args
 from gpt2.progress import duration
@@ -58,7 +58,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--grid", action="append", default=[], metavar="NAME=V1,V2", help="a setting's values; repeat for a product")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each combination, with seeds 0 to N - 1 [3]")
     add("--jobs", type=int, metavar="N", help="runs at a time, each on its own GPU [number of GPUs, 1 on a CPU]")
-    add("--out", type=Path, metavar="DIR", help="folder of the runs [runs/sweep-PRESET]")
+    add("--out", type=user_path, metavar="DIR", help="folder of the runs [runs/sweep-PRESET]")
     args, rest = parser.parse_known_args(argv)
     for name, value in (("--seeds", args.seeds), ("--jobs", args.jobs)):
         if value is not None and value < 1:

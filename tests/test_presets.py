@@ -12,6 +12,7 @@ from repository import ROOT
 
 from gpt2.config import Config, GPTConfig
 from gpt2.errors import UserError
+from gpt2.files import user_path
 from gpt2.model.gpt import GPT
 from gpt2.presets import parse_args, presets
 
@@ -194,3 +195,45 @@ def test_a_configuration_that_is_not_whole_is_refused(tmp_path: Path, content: s
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json is not a run's configuration: "):
         parse_args(["--config", str(tmp_path / "config.json")])
+
+
+def test_home_stands_in_every_path_and_in_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    paths = {"data": "data", "run": "run_dir", "hellaswag-data": "hellaswag_data", "plot-schedule": "plot_schedule"}
+    texts = {"init-from": "init_from", "resume": "resume"}
+    words = [f"--{flag}=~/here" for flag in paths | texts]
+    config = parse_args(["debug", *words, "--sample-prompt=~/here"])
+    values = vars(config.data) | vars(config.run)
+    for name in paths.values():
+        assert values[name] == Path("/home/me/here")
+    for name in texts.values():
+        assert values[name] == str(Path("/home/me/here"))
+    assert config.run.sample_prompt == "~/here"
+    assert user_path("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+
+
+def test_a_run_finds_its_data_from_another_directory_and_after_both_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(at: Path) -> None:
+        (at / "data/mine").mkdir(parents=True)
+        (at / "runs/mine").mkdir(parents=True)
+        (at / "runs/mine/metrics.jsonl").touch()
+        config = parse_args(["debug", "--data", "data/mine", "--run", "runs/mine", "--hellaswag-data", "data/x.jsonl"])
+        (at / "runs/mine/config.json").write_text(json.dumps(config.to_dict()))
+        (at / "runs/mine/environment.json").write_text(json.dumps({"directory": str(at)}))
+
+    make(tmp_path / "old")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = parse_args(["--config", "../old/runs/mine/config.json"])
+    assert config.data.data == tmp_path / "old/data/mine"
+    assert config.run.hellaswag_data == Path("data/x.jsonl")  # it is nowhere; the message names what was given
+    assert config.run.run_dir.resolve() == tmp_path / "old/runs/mine"
+    (tmp_path / "old").rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path / "new")
+    config = parse_args(["--config", "runs/mine"])
+    assert (config.data.data, config.run.run_dir) == (Path("data/mine"), Path("runs/mine"))
+    (tmp_path / "new/runs/mine/environment.json").write_text("[]")
+    assert parse_args(["--config", "runs/mine"]).data.data == Path("data/mine")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpt2.config import GPTConfig
 from gpt2.errors import UserError, first_line
-from gpt2.files import Number, check, open_plain, read_json, read_plain
+from gpt2.files import Number, check, open_plain, read_json, read_plain, user_path
 from gpt2.model.hf_format import OUR_KEY, config_from_hf, config_to_hf, state_dict_to_hf
 from gpt2.tokens.tokenizer import (
     CharTokenizer,
@@ -116,9 +116,9 @@ def resolve_model(spec: str | Path) -> Path:
     Raises:
         UserError: there is no such model.
     """
-    path = Path(spec)
+    path = user_path(spec)
     if str(spec).endswith("@best") and not path.exists():
-        return _best_checkpoint(Path(str(spec)[: -len("@best")]))
+        return _best_checkpoint(user_path(str(spec)[: -len("@best")]))
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if (checkpoints / "latest").is_file():
         newest = checkpoints / read_plain(checkpoints / "latest", 4096).decode("utf-8", "replace").strip()

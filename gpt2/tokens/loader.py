@@ -70,6 +70,7 @@ class Blocks:
             so many tokens as leave one more token to be the last target, and its tail is dropped; without a seed, this
             is the order of build-nanogpt, llm.c and modded-nanogpt.
         seed: draws the order; None: the stream's own order.
+        needed: a stream shorter than one block is refused; otherwise it has none.
 
     Raises:
         UserError: the stream is shorter than one block.
@@ -82,6 +83,7 @@ class Blocks:
         vocab_size: int,
         seed: int | None = None,
         step_tokens: int | None = None,
+        needed: bool = True,
     ):
         self.stream, self.block_size, self.vocab_size, self.seed = stream, block_size, vocab_size, seed
         # Runs of blocks that follow one another: the token each begins with, and the number of its first block.
@@ -95,7 +97,7 @@ class Blocks:
                 f"{stream.paths[0].parent} has no shard of {step_tokens + 1:,} tokens, one step and the last target; "
                 "use larger shards, a smaller --total-batch-tokens or --no-drop-shard-tails"
             )
-        if self.count < 1:
+        if self.count < 1 and needed:
             where = stream.paths[0].parent if stream.paths else "the split"
             raise UserError(
                 f"{where} holds a split of {len(stream):,} tokens, but one block needs block_size + 1 = "

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,7 @@ from gpt2.train.run import Run
 from gpt2.train.setup import set_up
 
 DIVERGED_EXIT = 3
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_to_its_end(train: Callable[[Run, StopSignals], EndReason], config: Config, world: World) -> int:
@@ -144,9 +146,10 @@ def _diverged(run: Run, failure: Diverged) -> int:
 
 
 def resume_command(run: Run) -> str:
-    """The words that resume this run."""
+    """The words that resume this run, from any directory."""
     size = run.world.size
     start = "python" if size == 1 else f"torchrun --standalone --nproc_per_node={size}"
     if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
         start = "torchrun, with the same words as now on each machine,"
-    return f"{start} train_gpt2.py --config {shlex.quote(str(run.directory / 'config.json'))}"
+    script, config = ROOT / "train_gpt2.py", run.directory.absolute() / "config.json"
+    return f"{start} {shlex.quote(str(script))} --config {shlex.quote(str(config))}"

@@ -89,7 +89,7 @@ def _sizes(config: Config) -> DataSizes | None:
         return None
     dataset = open_dataset(config.data.data)
     cut = partial(Blocks, block_size=config.model.block_size, vocab_size=config.model.vocab_size)
-    return measure_data(config, dataset, cut(dataset.train), cut(dataset.val))
+    return measure_data(config, dataset, cut(dataset.train), cut(dataset.val, needed=config.run.eval_every > 0))
 
 
 def _evaluated_tokens(config: Config, sizes: DataSizes | None) -> float:

@@ -244,7 +244,7 @@ def plan_run(
         seed=config.run.seed if config.data.shuffle else None,
         step_tokens=config.data.total_batch_tokens if config.data.drop_shard_tails else None,
     )
-    val = blocks(dataset.val)
+    val = blocks(dataset.val, needed=config.run.eval_every > 0)
     sizes = measure_data(config, dataset, train, val)
     plan = make_plan(config, sizes, world.size, dtype, world.device.type, device_memory(world.device))
     plan.refuse_what_does_not_fit(config)

@@ -32,6 +32,7 @@ from bench.common import Worker, matmul_flops, positive, require_package, summar
 from gpt2.config import GPTConfig
 from gpt2.distributed.world import World, pick_device
 from gpt2.errors import UserError
+from gpt2.files import user_path
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import Example, spread
 from gpt2.hellaswag.rows import make_rows, render
@@ -51,7 +52,7 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 3.0}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parser.add_argument("--data", type=Path, metavar="FILE", help="HellaSwag .jsonl [the published val split]")
+    parser.add_argument("--data", type=user_path, metavar="FILE", help="HellaSwag .jsonl [the published val split]")
     parser.add_argument("--preset", default="gpt2", help="size of the model, of train_gpt2.py [gpt2]")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [auto]")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="[bf16]")

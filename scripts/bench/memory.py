@@ -28,6 +28,7 @@ from gpt2.config import Config
 from gpt2.distributed.signals import StopSignals
 from gpt2.distributed.world import World, pick_device
 from gpt2.errors import UserError
+from gpt2.files import user_path
 from gpt2.hardware import memory_bytes
 from gpt2.hellaswag.download import load_examples
 from gpt2.hellaswag.examples import spread
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     add_model_arguments(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="[all]")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="HellaSwag .jsonl [the published val split]")
+    parser.add_argument("--data", type=user_path, metavar="FILE", help="HellaSwag .jsonl [the published val split]")
     parser.add_argument("--examples", type=positive, help="of HellaSwag, evenly spaced [all]")
     parser.add_argument("--steps", type=positive, default=2000, help="of training [2000]")
     parser.add_argument("--prompts", type=positive, default=200, help="to sample from [200]")

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from gpt2.config import Config
 from gpt2.distributed.parallel import parallelize
 from gpt2.distributed.world import World, pick_device
 from gpt2.errors import UserError, first_line
+from gpt2.files import user_path
 from gpt2.hardware import device_name, memory_bytes, peak_flops
 from gpt2.model.gpt import GPT
 from gpt2.model.hf_format import config_to_hf, not_in_transformers, state_dict_to_hf
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each side [5]")
     parser.add_argument("--steps", type=positive, help="steps a turn [1, on a GPU 10]")
-    parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of one of our steps")
+    parser.add_argument("--profile", type=user_path, metavar="TRACE", help="write a Chrome trace of one of our steps")
     parser.add_argument(
         "--first-step", action="store_true", help="also time our first step with an empty and a filled compile cache"
     )

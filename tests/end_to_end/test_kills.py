@@ -137,7 +137,7 @@ def test_a_signal_stops_in_order_wherever_it_hits(
             assert end(run, train_gpt2.train(run, signals), signals) == 0
         out = capsys.readouterr().out
         if run.step < 14:
-            command = f"resume with: python train_gpt2.py --config {run_dir / 'config.json'}"
+            command = f"resume with: python {ROOT}/train_gpt2.py --config {run_dir / 'config.json'}"
             assert re.search(rf"stopped by {kind.name} after step {run.step}; {re.escape(command)}", out)
             assert records(run_dir, "run_end")[-1]["reason"] == "stopped"
         train(config)
@@ -175,7 +175,7 @@ def test_sigterm_to_one_of_torchruns_workers(char_data: Path, tmp_path: Path) ->
         os.kill(agent.workers()[1], signal.SIGTERM)
         code, output = agent.finish()
     assert code == 0, output
-    assert f"torchrun --standalone --nproc_per_node=2 train_gpt2.py --config {tmp_path}/config.json" in output
+    assert f"torchrun --standalone --nproc_per_node=2 {ROOT}/train_gpt2.py --config {tmp_path}/config.json" in output
     (last,) = list_checkpoints(tmp_path / "checkpoints")
     assert int(last.name[5:]) == max(losses(tmp_path))
     assert "Traceback" not in output

@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_with_exit_code_3(
     assert main(config, monkeypatch) == 3
     out = capsys.readouterr().out
     assert "error: the loss is not finite on rank 0 in step 7; the weights were not updated" in out
-    command = f"python train_gpt2.py --config {tmp_path / 'run/config.json'}"
+    command = f"python {ROOT}/train_gpt2.py --config {tmp_path / 'run/config.json'}"
     assert (
         f"the last good checkpoint is {tmp_path / 'run/checkpoints/step_00000004'}; this goes back to it: {command}"
         in out

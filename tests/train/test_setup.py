@@ -8,7 +8,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import CHARS
 from small_runs import ALONE, environment, small, train
 
 from gpt2.config import RunConfig
@@ -103,3 +105,10 @@ def test_a_machine_that_is_ahead_of_rank_0s_is_told_of(
         UserError, match=f"up to step 7 on another machine, and on rank 0's, .*, {words}; give --run-dir"
     ):
         set_up(config, ALONE)
+
+
+def test_a_validation_split_is_needed_only_by_what_evaluates(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", np.arange(2000) % 59, np.arange(10) % 59, CharTokenizer(CHARS))
+    with pytest.raises(UserError, match="holds a split of 10 tokens, but one block needs"):
+        set_up(small(tmp_path / "data", tmp_path / "run", eval_every=5), ALONE)
+    assert train(small(tmp_path / "data", tmp_path / "run", max_steps=2)).step == 2
