@@ -22,8 +22,8 @@ def require_types(config: object) -> None:
         value = getattr(config, name)
         if isinstance(value, str | Path) and "\0" in str(value):
             raise UserError(f"{name} is {str(value)!r:.80}; it must not hold a NUL character")
-        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            raise UserError(f"{name} is {value!a:.80}; it must be text that UTF-8 can hold")
+        if isinstance(value, str | Path) and any("\ud800" <= character <= "\udfff" for character in str(value)):
+            raise UserError(f"{name} is {str(value)!a:.80}; it must be text that UTF-8 can hold")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise UserError(f"{name} has {value.bit_length()} bits; it must fit into 64")
         if get_origin(kind) is Literal and value not in list(get_args(kind)):

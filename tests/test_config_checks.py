@@ -44,6 +44,7 @@ def test_values_of_their_types_pass() -> None:
         ("pair", [1.0, 2.0], "pair is"),
         ("pair", (1.0, "b"), "pair is"),
         ("path", "p", "path is 'p'; it must be of type Path"),
+        ("path", Path("a\udcff"), r"path is 'a\\udcff'; it must be text that UTF-8 can hold"),
     ],
 )
 def test_a_value_of_another_type_is_named(field: str, value: object, words: str) -> None:
