@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import time
@@ -41,6 +42,8 @@ from gpt2.train.ending import close
 from gpt2.train.ending import finish as end
 from gpt2.train.run import Run
 from gpt2.train.setup import set_up
+
+TRAIN = shlex.quote(str(ROOT / "train_gpt2.py"))
 
 
 def kill_until_done(data: Path, run: Path, kills: int, seed: int) -> tuple[int, str, list[str]]:
@@ -137,7 +140,7 @@ def test_a_signal_stops_in_order_wherever_it_hits(
             assert end(run, train_gpt2.train(run, signals), signals) == 0
         out = capsys.readouterr().out
         if run.step < 14:
-            command = f"resume with: python {ROOT}/train_gpt2.py --config {run_dir / 'config.json'}"
+            command = f"resume with: python {TRAIN} --config {run_dir / 'config.json'}"
             assert re.search(rf"stopped by {kind.name} after step {run.step}; {re.escape(command)}", out)
             assert records(run_dir, "run_end")[-1]["reason"] == "stopped"
         train(config)
@@ -175,7 +178,7 @@ def test_sigterm_to_one_of_torchruns_workers(char_data: Path, tmp_path: Path) ->
         os.kill(agent.workers()[1], signal.SIGTERM)
         code, output = agent.finish()
     assert code == 0, output
-    assert f"torchrun --standalone --nproc_per_node=2 {ROOT}/train_gpt2.py --config {tmp_path}/config.json" in output
+    assert f"torchrun --standalone --nproc_per_node=2 {TRAIN} --config {tmp_path}/config.json" in output
     (last,) = list_checkpoints(tmp_path / "checkpoints")
     assert int(last.name[5:]) == max(losses(tmp_path))
     assert "Traceback" not in output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from gpt2.model.hf_format import state_dict_to_hf
 from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.loader import Blocks
 from gpt2.train.evaluation import Evaluator
+
+TRAIN = shlex.quote(str(ROOT / "train_gpt2.py"))
 
 
 def main(config: Config, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
@@ -146,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_with_exit_code_3(
     assert main(config, monkeypatch) == 3
     out = capsys.readouterr().out
     assert "error: the loss is not finite on rank 0 in step 7; the weights were not updated" in out
-    command = f"python {ROOT}/train_gpt2.py --config {tmp_path / 'run/config.json'}"
+    command = f"python {TRAIN} --config {tmp_path / 'run/config.json'}"
     assert (
         f"the last good checkpoint is {tmp_path / 'run/checkpoints/step_00000004'}; this goes back to it: {command}"
         in out
