@@ -27,9 +27,9 @@ def require_types(config: object) -> None:
         if isinstance(value, int) and abs(value) >= 2**63:
             raise UserError(f"{name} has {value.bit_length()} bits; it must fit into 64")
         if get_origin(kind) is Literal and value not in list(get_args(kind)):
-            raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(str, get_args(kind)))}")
+            raise UserError(f"{name} is {value!r:.80}; choose one of {', '.join(map(str, get_args(kind)))}")
         if get_origin(kind) is not Literal and not _is_of(value, kind):
-            raise UserError(f"{name} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")
+            raise UserError(f"{name} is {value!r:.80}; it must be of type {getattr(kind, '__name__', kind)}")
 
 
 def _is_of(value: object, kind: Any) -> bool:

@@ -133,7 +133,7 @@ def run_cli(main: Callable[[], int | None], when_full: str = "use a smaller mode
             sys.stdout.flush()
     except UserError as error:
         if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {visible(str(error))}", file=sys.stderr)
+            print(f"error: {visible(str(error))[:2000]}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         sys.excepthook = lambda *_: None  # Python itself ends by the signal then, once it has tidied up
