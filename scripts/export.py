@@ -31,11 +31,11 @@ from gpt2.files import user_path, write_whole
 from gpt2.metrics import reference
 from gpt2.model.gpt import GPT
 from gpt2.model.hf_format import config_to_hf, not_in_transformers, state_dict_to_hf
-from gpt2.model.llama_format import llama_config, llama_family, state_dict_to_llama
-from gpt2.model.pretrained import gpt2_tokenizer_json, load_tokenizer, resolve_model, save_tokenizer
+from gpt2.model.pretrained import load_tokenizer, resolve_model, save_tokenizer
 from gpt2.report.content import report
 from gpt2.report.runs import RecordedRun, bits_per_byte, open_run
-from gpt2.tokens.tokenizer import Tokenizer
+from gpt2.tokens.tokenizer import Tokenizer, gpt2_vocab_files
+from scripts.exported.llama_format import llama_config, llama_family, state_dict_to_llama
 
 CODE = Path(__file__).resolve().parent / "exported" / "modeling_repro_gpt2.py"
 IN_TRAINING_ONLY = {
@@ -122,6 +122,26 @@ def write_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> str:
             write_json(folder / "tokenizer.json", gpt2_tokenizer_json())
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors' are their owner's alone
     return str(raw["architectures"][0])
+
+
+def gpt2_tokenizer_json() -> dict[str, Any]:
+    """`tokenizer.json` of GPT-2, as the library `tokenizers` reads it, from the vocabulary's two files."""
+    encoder, merges = gpt2_vocab_files()
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": 50256, "content": "<|endoftext|>", "special": True, "normalized": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{**end, "single_word": False, "lstrip": False, "rstrip": False}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": {**byte_level, "trim_offsets": False},
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": json.loads(encoder),
+            "merges": merges.decode("utf-8").split("\n")[1:-1],  # first line: version; last: empty
+        },
+    }
 
 
 def add_code(folder: Path, config: GPTConfig, raw: dict[str, Any], odd: Sequence[str]) -> None:

@@ -86,26 +86,6 @@ def _char_tokenizer_to_hf(tokenizer: CharTokenizer) -> dict[str, Any]:
     }
 
 
-def gpt2_tokenizer_json() -> dict[str, Any]:
-    """`tokenizer.json` of GPT-2, as the library `tokenizers` reads it, from the vocabulary's two files."""
-    encoder, merges = gpt2_vocab_files()
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = {"id": 50256, "content": "<|endoftext|>", "special": True, "normalized": True}
-    return {
-        "version": "1.0",
-        "added_tokens": [{**end, "single_word": False, "lstrip": False, "rstrip": False}],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": {**byte_level, "trim_offsets": False},
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "vocab": json.loads(encoder),
-            "merges": merges.decode("utf-8").split("\n")[1:-1],  # first line: version; last: empty
-        },
-    }
-
-
 def resolve_model(spec: str | Path) -> Path:
     """The directory that holds the model a user named.
 

@@ -27,12 +27,12 @@ from gpt2.checkpoint.directory import Checkpoint, write_checkpoint  # noqa: E402
 from gpt2.config import GPTConfig  # noqa: E402
 from gpt2.errors import UserError  # noqa: E402
 from gpt2.model.gpt import GPT  # noqa: E402
-from gpt2.model.llama_format import llama_family  # noqa: E402
 from gpt2.model.pretrained import resolve_model  # noqa: E402
 from gpt2.tokens.fast_bpe import HARD_CASES  # noqa: E402
 from gpt2.tokens.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer  # noqa: E402
 
 script = load_script("scripts/export.py")
+llama_family = script.llama_family
 
 TINY: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "vocab_size": 70}
 MODERN = {**TINY, "position": "rope", "norm": "rmsnorm"}
