@@ -177,7 +177,7 @@ def draw_curves(run: RecordedRun, folder: Path) -> list[str]:
     try:
         from gpt2.report.plots import save_plots
 
-        return [path.name for path in save_plots(report([run]), folder)]
+        return [path.name for path in save_plots(report([run]), folder / "curves.html")]
     except ImportError:
         print("no curves: matplotlib is not installed (pip install matplotlib)")
         return []
