@@ -21,7 +21,7 @@ from gpt2.progress import columns_of, duration, wrapped
 from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.loader import Blocks
 from gpt2.train.memory import device_memory
-from gpt2.train.plan import DataSizes, Plan, make_plan, measure_data
+from gpt2.train.plan import DataSizes, Plan, make_plan, measure_data, with_datas_vocabulary
 
 MEMORY_GB = {"B200": 180, "H200": 141, "GH200": 96, "H100": 80, "H800": 80, "A100": 80, "A100-40GB": 40, "L40S": 48}
 """GPUs that can be planned for, with the memory on their data sheets in 10^9 bytes."""
@@ -45,6 +45,8 @@ def print_plan(config: Config) -> None:
     def say(line: str) -> None:
         print(wrapped(line, 11, columns_of(sys.stdout)))
 
+    if config.data.data.exists():
+        config = with_datas_vocabulary(config, open_dataset(config.data.data), say)
     config = replace(config, model=find_origin(config).model)
     world_size, name, device_type, memory, dtype = _machine(config)
     sizes = _sizes(config)

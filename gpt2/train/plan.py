@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from gpt2.config import Config
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
+from gpt2.presets import presets
 from gpt2.tokens.dataset import Dataset, makers_command
 from gpt2.tokens.loader import Blocks
 from gpt2.train.memory import HEADROOM, MemoryNeed, memory_need
@@ -161,6 +163,16 @@ class Plan:
         if not config.run.activation_checkpointing:
             return "use --activation-checkpointing, a smaller --block-size or a smaller model"
         return "use a smaller --block-size, a smaller model, or --parallel fsdp over more processes"
+
+
+def with_datas_vocabulary(config: Config, dataset: Dataset, say: Callable[[str], None]) -> Config:
+    """The settings with the data set's vocabulary in a preset's place; one that was asked for stays, as do weights."""
+    size = dataset.vocab_size
+    ours = {preset.model.vocab_size for _, preset in presets().values()}
+    if size in (None, config.model.vocab_size) or config.run.init_from or config.model.vocab_size not in ours:
+        return config
+    say(f"vocabulary {size:,} ids, as in {dataset.directory}")
+    return replace(config, model=replace(config.model, vocab_size=size))
 
 
 def measure_data(config: Config, dataset: Dataset, train: Blocks, val: Blocks) -> DataSizes:

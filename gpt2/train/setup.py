@@ -55,7 +55,7 @@ from gpt2.train.guard import StepGuard
 from gpt2.train.memory import device_memory
 from gpt2.train.optim import describe_groups, load_state_tensors, make_optimizers
 from gpt2.train.out_of_memory import record_allocations
-from gpt2.train.plan import Plan, make_plan, measure_data
+from gpt2.train.plan import Plan, make_plan, measure_data, with_datas_vocabulary
 from gpt2.train.run import Run
 
 MAY_DIFFER = {
@@ -374,16 +374,6 @@ def name_of_data(dataset: Dataset) -> str:
         return dataset.directory.name
     name, source = dataset.manifest.name, str(dataset.manifest.source.get("description", ""))
     return source if corpus_of(name) is None and corpus_of(source) is not None else name
-
-
-def with_datas_vocabulary(config: Config, dataset: Dataset, say: Callable[[str], None]) -> Config:
-    """The settings with the data set's vocabulary in a preset's place; one that was asked for stays, as do weights."""
-    size = dataset.vocab_size
-    ours = {preset.model.vocab_size for _, preset in presets().values()}
-    if size in (None, config.model.vocab_size) or config.run.init_from or config.model.vocab_size not in ours:
-        return config
-    say(f"vocabulary {size:,} ids, as in {dataset.directory}")
-    return replace(config, model=replace(config.model, vocab_size=size))
 
 
 def refuse_nonfinite(state: Mapping[str, Tensor], config: Config) -> None:

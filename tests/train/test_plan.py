@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 from gpt2.config import Config, DataConfig, GPTConfig, RunConfig
 from gpt2.errors import UserError
 from gpt2.prepare.small_dataset import write_dataset
+from gpt2.presets import presets
+from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.loader import Blocks
 from gpt2.tokens.tokenizer import CharTokenizer
-from gpt2.train.plan import make_plan, measure_data
+from gpt2.train.plan import make_plan, measure_data, with_datas_vocabulary
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=4)
 
@@ -117,3 +120,14 @@ def test_a_plan_without_data():
     plan = make_plan(config, None, 1, "fp32", "cpu", None)
     assert "python data/fineweb.py` makes it" in "\n".join(plan.lines(config, 1, "CPU", "fp32"))
     assert plan.epochs is None
+
+
+def test_the_vocabulary_follows_the_data_unless_another_was_asked_for(char_data: Path) -> None:
+    said: list[str] = []
+    dataset, presets_config = open_dataset(char_data), presets()["shakespeare-char"][1]
+    assert with_datas_vocabulary(presets_config, dataset, said.append).model.vocab_size == 59
+    assert said == [f"vocabulary 59 ids, as in {char_data}"]
+    for part, changes in (("model", {"vocab_size": 60}), ("run", {"init_from": "gpt2"}), ("model", {"vocab_size": 59})):
+        asked = replace(presets_config, **{part: replace(getattr(presets_config, part), **changes)})
+        assert with_datas_vocabulary(asked, dataset, said.append) is asked
+    assert len(said) == 1

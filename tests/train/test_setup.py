@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,8 @@ from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.metrics.reference import corpus_of
 from gpt2.prepare.small_dataset import write_dataset
-from gpt2.presets import presets
-from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.tokenizer import CharTokenizer, gpt2_tokenizer
-from gpt2.train.setup import lock_run, name_of_data, set_up, with_datas_vocabulary, with_possible_prompt
+from gpt2.train.setup import lock_run, name_of_data, set_up, with_possible_prompt
 
 HOLD = "import sys, time; from pathlib import Path; from gpt2.train.setup import lock_run\n"
 HOLD += "file = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
@@ -63,17 +60,6 @@ def test_a_presets_prompt_that_the_vocabulary_lacks_gives_way_and_one_asked_for_
     ):
         assert with_possible_prompt(run, tokenizer, said.append) is run
     assert len(said) == 2
-
-
-def test_the_vocabulary_follows_the_data_unless_another_was_asked_for(char_data: Path) -> None:
-    said: list[str] = []
-    dataset, presets_config = open_dataset(char_data), presets()["shakespeare-char"][1]
-    assert with_datas_vocabulary(presets_config, dataset, said.append).model.vocab_size == 59
-    assert said == [f"vocabulary 59 ids, as in {char_data}"]
-    for part, changes in (("model", {"vocab_size": 60}), ("run", {"init_from": "gpt2"}), ("model", {"vocab_size": 59})):
-        asked = replace(presets_config, **{part: replace(getattr(presets_config, part), **changes)})
-        assert with_datas_vocabulary(asked, dataset, said.append) is asked
-    assert len(said) == 1
 
 
 @pytest.mark.parametrize(
