@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.prepare.splits import resolve_splits
+from gpt2.prepare.splits import _WORDS, resolve_splits
 
 datasets = pytest.importorskip("datasets")
 
@@ -105,3 +106,11 @@ def test_a_card_that_is_wrong_is_told_in_one_line(card):
     with pytest.raises(UserError, match=r"the card of o/n, README\.md, cannot be understood") as error:
         resolve_splits(FOLDERS, card, None, "o/n")
     assert "\n" not in str(error.value)
+
+
+def test_names_without_a_word_for_a_split_need_not_ask_the_library():
+    """Its words are those that are looked for first."""
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    assert all(re.search(_WORDS, word) for words in SPLIT_KEYWORDS.values() for word in words)
+    assert resolve_splits(["b/1.txt", "a.txt"], None, None, "o/n") == (["a.txt", "b/1.txt"], [], [], None)
