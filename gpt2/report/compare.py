@@ -32,7 +32,7 @@ CONFIDENCE = 0.95
 INCIDENTAL = {
     *("run_dir", "seed", "resume", "allow_config_change", "device", "plot_schedule", "profile", "hellaswag_data"),
     *("log_every", "eval_every", "num_samples", "sample_tokens", "sample_prompt", "wandb", "wandb_project"),
-    *("tensorboard", "checkpoint_every", "checkpoint_minutes", "keep", "keep_every"),
+    *("tensorboard", "checkpoint_every", "checkpoint_minutes", "keep", "keep_every", "fitted_steps"),
 }
 """Settings that change neither what a run learns nor how fast, but the seed, by which runs of a group differ."""
 
