@@ -112,7 +112,7 @@ class CheckpointWriter:
     def save(self, checkpoint: Checkpoint) -> None:
         """Begin to write a checkpoint, whose tensors must not change any more; waits for the one before it."""
         self.wait()
-        self._step, self._began = checkpoint.training["step"], time.monotonic()
+        self._step, self._began = checkpoint.training["step"], time.perf_counter()
         self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -143,7 +143,7 @@ class CheckpointWriter:
         except OSError as error:  # reported in the main thread
             self._outcome = error
             return
-        self._took = time.monotonic() - self._began
+        self._took = time.perf_counter() - self._began
         with contextlib.suppress(UserError):
             prune_checkpoints(self.directory, self.keep, self.keep_every)
 

@@ -219,7 +219,7 @@ def test_spikes_are_skipped_up_to_five_in_a_row(
 
     calls, spikes = 0, {25, 26, 27, 28, 29}
     assert main(small(char_data, tmp_path / "five", **settings), monkeypatch) == 3
-    assert "a lower --learning-rate or a higher --spike-zscore may help" in capsys.readouterr().out
+    assert "half the learning rate\n  --spike-zscore 40" in capsys.readouterr().out
     assert records(tmp_path / "five", "run_end")[-1]["reason"] == "spike"
     assert [path.name for path in list_checkpoints(tmp_path / "five/checkpoints")] == ["step_00000012", "step_00000024"]
 
@@ -280,7 +280,7 @@ def test_out_of_memory_is_one_line(char_data: Path, tmp_path: Path, monkeypatch:
 def test_an_error_of_our_own_keeps_its_traceback_and_the_last_checkpoint(
     char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Evaluator, step: int, metrics: Any) -> float:
+    def broken(self: Evaluator, step: int, metrics: Any, must_stop: Any) -> float:
         if step == 4:
             raise ZeroDivisionError
         return 1.0
