@@ -165,7 +165,7 @@ def percent(value: float | None, examples: int = 0) -> str:
     return f"{100 * value:.2f}" + (f" ({100 * low:.2f} to {100 * high:.2f})" if examples else "")
 
 
-def results(entries: list[dict[str, Any]], columns: int | None = None) -> str:
+def results_table(entries: list[dict[str, Any]], columns: int | None = None) -> str:
     """The results in columns that a terminal has room for; in percent."""
     header = ["model", "convention", "acc", "acc_norm", "GPT-2 acc", "GPT-2 acc_norm", "GPT-3", "examples/s"]
     lines = [header]
@@ -257,7 +257,7 @@ def run(args: argparse.Namespace, this: World) -> None:
     source = str(args.data) if args.data is not None else args.split
     processes = f", {this.size} processes" if this.size > 1 else ""
     print(f"HellaSwag {source}: {len(examples):,} examples, {args.dtype} on {this.device.type}{processes}\n")
-    print(results(entries, columns_of(sys.stdout)) + "\n")
+    print(results_table(entries, columns_of(sys.stdout)) + "\n")
     print("\n".join(notes(entries)))
     if args.json is not None:
         summary = {

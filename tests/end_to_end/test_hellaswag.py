@@ -118,13 +118,13 @@ def test_figures_stand_beside_the_published_ones_of_their_size() -> None:
     assert [e["reference"]["gpt2_acc_norm"] for e in entries] == [None, None, 0.2955, 0.3114]
     assert [e["reference"]["gpt2_acc"] for e in entries] == [None, None, None, 0.2892]
     assert [e["reference"]["gpt3"] for e in entries] == [None, None, 0.337, 0.337]
-    text = command.results(entries)
+    text = command.results_table(entries)
     assert "31.14" in text
     assert "124.4 M" in text
     assert len({len(line) for line in text.splitlines()}) == 1  # columns
     assert "guessing gives 25.00" in command.notes(entries)[0]
 
     truncated = entries[0] | {"truncated": 2, "labelled": 1, "acc": None, "acc_norm": None}
-    assert "–" in command.results([truncated])
+    assert "–" in command.results_table([truncated])
     assert "2 examples are longer" in " ".join(command.notes([truncated]))
     assert "2 examples have no label" in " ".join(command.notes([truncated]))
