@@ -172,6 +172,11 @@ def main() -> int:
     dtype = resolve_dtype(args.dtype, device)
     set_matmul_precision(dtype)
     model, tokenizer = load_pretrained(args.model, device)
+    if args.file:
+        try:
+            prompt_tokens(tokenizer, prompts[0], args.special)
+        except UserError as error:
+            raise UserError(f"{args.file}: {error}") from None
     count = args.num_samples * len(prompts or [""])
     model = decoding_copy(model, torch.bfloat16 if dtype == "bf16" else torch.float32, count)
 

@@ -91,7 +91,9 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
-        data = (json.dumps(_strict(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        data = (json.dumps(_strict(record), ensure_ascii=False, allow_nan=False) + "\n").encode(
+            "utf-8", "backslashreplace"
+        )
         with self._forgive():
             if self.file is None:
                 return

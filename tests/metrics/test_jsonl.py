@@ -113,3 +113,12 @@ def test_the_position_is_the_size_of_the_file(tmp_path: Path) -> None:
     file.write({"kind": "note", "step": 1, "time": 0, "text": "ü"})
     assert file.sync() == path.stat().st_size > 0
     file.close()
+
+
+def test_half_a_character_is_written_as_json_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    ours = MetricsFile(path, lambda text: pytest.fail(text))
+    ours.write({"kind": "note", "step": 1, "time": 0, "text": "é\ud800"})
+    ours.close()
+    assert path.read_text(encoding="utf-8") == '{"kind": "note", "step": 1, "time": 0, "text": "é\\ud800"}\n'
+    assert read_metrics(path).live[0]["text"] == "é\ud800"
