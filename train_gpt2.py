@@ -149,7 +149,7 @@ def train(run: Run, signals: StopSignals) -> EndReason:
                 dtype=run.dtype,
                 tokens_per_step=config.data.total_batch_tokens,
                 grad_clip=config.optim.grad_clip,
-                flags=lambda: Flags(signals.received is not None, minutes_are_up(run), loader.failure is not None),
+                flags=lambda: Flags(signals.received is not None, minutes_are_up(run), loader.failed, loader.waiting),
             )
             run.advance()
             fix_length(run)

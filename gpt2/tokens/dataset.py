@@ -11,9 +11,10 @@ import os
 import re
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,29 @@ from gpt2.tokens.shard_file import ShardHeader, read_header
 from gpt2.tokens.tokenizer import Tokenizer, gpt2_tokenizer, tokenizer_from_dict
 
 SHARD_TOKENS = 100_000_000
-_OPEN_FILES = 128  # a process may often have no more than 1,024
+
+
+class _OpenFile:
+    """A file open for reading, until the last thread that uses it lets it go."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, READING)  # a FIFO in its place is not waited for
+        # Where `read_at` moves the descriptor's position, threads take turns.
+        self.turn: AbstractContextManager[Any] = nullcontext() if hasattr(os, "preadv") else threading.Lock()
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def _may_stay_open() -> int:
+    """Files that one stream keeps open: a quarter of what the process may have (`ulimit -n`, often 1,024), at most."""
+    limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 512  # Windows' C library
+    return limit // 4 if limit > 0 else 4096
 
 
 class TokenStream:
-    """All shards of one split as one long 1-D array that stays on disk.
+    """All shards of one split as one long 1-D array that stays on disk; many threads may read it at the same time.
 
     Ranges are read with `pread`, not through memory maps: a map's touched pages count towards the
     resident memory of the process, and each map holds a file open.
@@ -52,22 +71,16 @@ class TokenStream:
         for header in self._headers:
             self._starts.append(self._starts[-1] + header.tokens)
         self.dtype = self._headers[0].dtype if self._headers else np.dtype("uint16")
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard number → descriptor, last used last
-        self._lock = threading.Lock()
+        self._open = lru_cache(_may_stay_open())(_OpenFile)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Descriptors and locks do not travel to another process.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k != "_open"}  # descriptors do not travel to another process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _files=OrderedDict(), _lock=threading.Lock())
-
-    def __del__(self) -> None:
-        for handle in getattr(self, "_files", {}).values():
-            os.close(handle)
+        self.__dict__.update(state, _open=lru_cache(_may_stay_open())(_OpenFile))
 
     @property
     def shard_starts(self) -> tuple[int, ...]:
@@ -104,26 +117,17 @@ class TokenStream:
         position = self._headers[shard].offset + offset * out.itemsize
         try:
             view = out.data.cast("B")
-            with self._lock:  # no other thread may close the descriptor meanwhile
-                handle = self._descriptor(shard)
-                while view:
-                    read = read_at(handle, view, position)
-                    if read == 0:
-                        raise OSError(errno.EIO, "it ends early")
-                    view, position = view[read:], position + read
+            file = self._open(self.paths[shard])
+            while view:
+                with file.turn:
+                    read = read_at(file.descriptor, view, position)
+                if read == 0:
+                    raise OSError(errno.EIO, "it ends early")
+                view, position = view[read:], position + read
         except OSError as error:
             raise UserError(
                 f"cannot read shard {self.paths[shard]}: {error.strerror}; was it changed while in use?"
             ) from error
-
-    def _descriptor(self, shard: int) -> int:
-        handle = self._files.pop(shard, None)
-        if handle is None:
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            handle = os.open(self.paths[shard], READING)
-        self._files[shard] = handle
-        return handle
 
 
 @dataclass(frozen=True)

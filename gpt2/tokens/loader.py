@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
@@ -21,7 +23,14 @@ from gpt2.errors import UserError
 from gpt2.tokens.dataset import TokenStream
 
 _ROUNDS = 6  # of the Feistel network; 4 suffice for a pseudo-random permutation (Luby & Rackoff 1988)
-PREFETCH_STEPS = 2
+PREFETCH_STEPS = 8
+"""Steps made ahead of use, so that a storage that stalls now and then holds up nothing."""
+READS_AT_ONCE = 32
+"""Storage across a network answers after milliseconds, however little is asked for, but answers many at a time."""
+WATCH_SECONDS = 30.0
+"""Over so long a time it is told whether training waits for its data,"""
+WAITING = 0.1
+"""which it does if that is more than this part of the time."""
 
 
 def permute(index: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -86,6 +95,7 @@ class Blocks:
         needed: bool = True,
     ):
         self.stream, self.block_size, self.vocab_size, self.seed = stream, block_size, vocab_size, seed
+        self._threads = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="read")
         # Runs of blocks that follow one another: the token each begins with, and the number of its first block.
         runs = np.array(stream.shard_starts if step_tokens is not None else (0, len(stream)))
         steps = 1 if step_tokens is None else step_tokens // block_size  # blocks that are kept or dropped together
@@ -126,15 +136,20 @@ class Blocks:
         return blocks
 
     def read(self, blocks: np.ndarray) -> np.ndarray:
-        """Tokens of blocks (n,) as (n, block_size + 1), in the shards' type.
+        """Tokens of blocks (n,) as (n, block_size + 1), in the shards' type; many are read at the same time.
 
         Raises:
             UserError: an id the model has no embedding for.
         """
         out = np.empty((len(blocks), self.block_size + 1), dtype=self.stream.dtype)
         starts = self.starts(blocks).tolist()
-        for row, start in enumerate(starts):
-            out[row] = self.stream.read(start, start + self.block_size + 1)
+
+        def read(first: int) -> None:
+            for row in range(first, len(starts), READS_AT_ONCE):
+                out[row] = self.stream.read(starts[row], starts[row] + self.block_size + 1)
+
+        for done in [self._threads.submit(read, first) for first in range(min(READS_AT_ONCE, len(starts)))]:
+            done.result()
         if out.size and int(out.max()) >= self.vocab_size:
             worst, column = divmod(int(out.argmax()), out.shape[1])
             path, offset = self.stream.locate(starts[worst] + column)
@@ -186,6 +201,9 @@ class Loader:
         self._rows = rows[:, rank].reshape(-1)
         self.failure: UserError | None = None
         """Why this process has no data; from then on `next` returns made-up batches."""
+        self.waiting = False
+        """Whether steps have waited for their data for more than WAITING of the last WATCH_SECONDS."""
+        self._watched_since, self._waited = time.monotonic(), 0.0
         self._queue: queue.Queue[Tensor | Exception] = queue.Queue(maxsize=PREFETCH_STEPS)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(start,), name="loader", daemon=True)
@@ -205,7 +223,9 @@ class Loader:
         batches of zeros, and `failure` says why.
         """
         if self.failure is None:
+            began = time.monotonic()
             item = self._queue.get()
+            self._watch(began, time.monotonic())
             if isinstance(item, UserError):
                 self.failure = item
             elif isinstance(item, Exception):
@@ -214,6 +234,18 @@ class Loader:
                 return self._cut(to_device(item, self._device))
         shape = len(self._rows), self._blocks.block_size + 1
         return self._cut(torch.zeros(shape, dtype=torch.int64, device=self._device))
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process has no data."""
+        return self.failure is not None
+
+    def _watch(self, began: float, ended: float) -> None:
+        """Count a wait, and judge those of the last WATCH_SECONDS."""
+        self._waited += ended - began
+        if (watched := ended - self._watched_since) >= WATCH_SECONDS:
+            self.waiting = self._waited > WAITING * watched
+            self._watched_since, self._waited = ended, 0.0
 
     def raise_failure(self) -> None:
         """Raise why this process has no data, if it has none."""

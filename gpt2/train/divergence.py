@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.distributed.fsdp import FSDPModule
 
 from gpt2.metrics.recorder import EndReason
-from gpt2.tokens.loader import Loader
+from gpt2.tokens.loader import WAITING, Loader
 from gpt2.train.nan_report import first_nonfinite
 from gpt2.train.run import Run
 from gpt2.train.step import MicroBatches, PendingNumbers, StepNumbers, seed_step
@@ -69,6 +69,12 @@ def digest(run: Run, pending: PendingStep, loader: Loader) -> None:
     run.save_due |= numbers.flags.save
     if numbers.flags.failed:
         run.world.agree(loader.raise_failure)
+    if numbers.flags.waiting and not run.told_of_waiting:
+        run.told_of_waiting = True
+        run.say(
+            f"warning: steps wait for their data for more than {WAITING:.0%} of the time; is "
+            f"{run.dataset.directory} on slow storage? Copy it to a local disk"
+        )
     run.writer.busy()  # reports a checkpoint that has been written meanwhile
     if numbers.updated:
         run.skips_in_a_row = 0

@@ -60,6 +60,7 @@ class Run:
         stopping: a signal asked for the end.
         save_due: a process asked for a checkpoint.
         pace_from: after the first step of this start: when, the seconds of evaluation until then, and which step.
+        told_of_waiting: it has been said that steps wait for their data.
     """
 
     config: Config
@@ -92,6 +93,7 @@ class Run:
     stopping: bool = False
     save_due: bool = False
     pace_from: tuple[float, float, int] | None = None
+    told_of_waiting: bool = False
 
     @property
     def directory(self) -> Path:

@@ -22,11 +22,13 @@ class Flags(NamedTuple):
         stop: it was told to stop.
         save: it wants a checkpoint.
         failed: it could not read its data, and took part in the step with a made-up batch.
+        waiting: its steps wait for their data more than they should.
     """
 
     stop: bool = False
     save: bool = False
     failed: bool = False
+    waiting: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import resource
 import shutil
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,6 @@ from hypothesis import strategies as st
 
 from gpt2.errors import UserError
 from gpt2.prepare.small_dataset import write_dataset
-from gpt2.tokens import dataset as shards
 from gpt2.tokens.dataset import TokenStream, open_dataset
 from gpt2.tokens.manifest import MANIFEST_NAME, load_manifest, save_manifest
 from gpt2.tokens.shard_file import read_header
@@ -112,16 +113,27 @@ def test_range_outside_the_stream(tmp_path):
             stream.locate(index)
 
 
-def test_more_shards_than_descriptors_threads_and_pickles(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_OPEN_FILES", 2)
-    dataset = write_dataset(tmp_path, TOKENS, TOKENS[:10], gpt2_tokenizer(), shard_tokens=100)
-    with ThreadPoolExecutor(4) as pool:
-        starts = [(i * 37) % 900 for i in range(400)]
-        for start, read in zip(starts, pool.map(lambda i: dataset.train.read(i, i + 100), starts), strict=True):
-            assert (read == TOKENS[start : start + 100]).all()
-    assert len(dataset.train._files) <= 2
-    again = pickle.loads(pickle.dumps(dataset))
-    assert (again.train.read(50, 450) == TOKENS[50:450]).all()
+def open_shards(directory):
+    """How many files below a directory this process has open."""
+    return sum(Path(link).resolve().is_relative_to(directory) for link in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted by Linux's /proc")
+def test_more_shards_than_a_process_may_have_open_threads_and_pickles(tmp_path):
+    dataset = write_dataset(tmp_path, TOKENS, TOKENS[:10], gpt2_tokenizer(), shard_tokens=2)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        streams = [pickle.loads(pickle.dumps(dataset)).train]
+        with ThreadPoolExecutor(8) as pool:
+            starts = [(i * 37) % 900 for i in range(400)]
+            for start, read in zip(starts, pool.map(lambda i: streams[0].read(i, i + 50), starts), strict=True):
+                assert (read == TOKENS[start : start + 50]).all()
+        assert open_shards(tmp_path) == 256 // 4
+        streams.clear()
+        assert open_shards(tmp_path) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_shard_that_shrinks_while_in_use(tmp_path):

@@ -33,6 +33,9 @@ def make_run(on_nonfinite: str = "stop", log_every: int = 5, grad_clip: float = 
         save_due=False,
         skips_in_a_row=0,
         last_norms=deque(maxlen=5),
+        told_of_waiting=False,
+        dataset=SimpleNamespace(directory="data/here"),
+        say=MagicMock(),
     )
 
 
@@ -70,6 +73,14 @@ def test_what_another_process_asked_for_is_taken_up(flags: Flags, stopping: bool
     assert (run.stopping, run.save_due) == (stopping, save_due)
     digest(run, pending(2), MagicMock())
     assert (run.stopping, run.save_due) == (stopping, save_due)  # and not forgotten in the next step
+
+
+def test_waiting_for_data_is_said_once() -> None:
+    run = make_run()
+    for step, waiting in enumerate([False, True, True], start=1):
+        digest(run, pending(step, flags=Flags(waiting=waiting)), MagicMock())
+        assert run.say.call_count == (step > 1)
+    assert "more than 10% of the time; is data/here on slow storage?" in run.say.call_args.args[0]
 
 
 def test_a_process_without_data_ends_the_run_by_its_own_error() -> None:
