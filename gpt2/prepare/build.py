@@ -64,6 +64,7 @@ def _prepare(job: Job, say: Callable[[str], None]) -> Manifest:
             if manifest.complete and not missing:
                 say(f"{job.directory} is complete and verified: {totals(manifest)}")
                 return manifest
+            save_manifest(job.manifest_path, manifest)  # with the shards that a kill left in lines behind it
         else:
             _refuse_strangers(job)
             manifest, missing = new_manifest(job, fetcher, say), []
@@ -155,11 +156,15 @@ def _gaps(shards: int, missing: Sequence[int], complete: bool) -> Iterator[tuple
 
 
 def _damaged_shards(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> list[int]:
-    """Numbers of the manifest's shards that are missing or not what they should be, after reading all."""
+    """Numbers of the manifest's shards that are missing or not what they should be.
+
+    Of a finished data set all are read. Of one to be continued only the last is, which a crash may have left behind;
+    the others' sizes are compared: reading terabytes again is left to `data/fineweb.py verify`.
+    """
     damaged, done = [], 0
     progress = TokenProgress("verifying")
     total = max(sum(entry.tokens for entry in manifest.shards), 1)
-    for index, check in enumerate(check_manifest(directory, manifest)):
+    for index, check in enumerate(check_manifest(directory, manifest, sizes_before_last=not manifest.complete)):
         done += manifest.shards[index].tokens
         progress.update(done, done / total)
         if check.problem:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2.errors import UserError
-from gpt2.tokens.manifest import Manifest, ShardEntry, SourcePosition, length_bin, save_manifest
+from gpt2.tokens.manifest import Manifest, ShardEntry, SourcePosition, append_shard, length_bin, save_manifest
 from gpt2.tokens.shard_file import ShardWriter
 from gpt2.tokens.tokenizer import line_ends, tokenizer_from_dict
 
@@ -78,7 +78,7 @@ class ShardBuilder:
     Args:
         layout: decides where shards end.
         manifest: the data set so far; its entries before `first` say how much has been written.
-        manifest_path: rewritten with each finished shard.
+        manifest_path: brought up to date with each finished shard.
         first: number of the first shard to write.
         stop: number of the next shard that exists already; None where none does.
     """
@@ -294,13 +294,16 @@ class ShardBuilder:
         )
         if (recorded := self._recorded()) is not None:
             entry, self._open = recorded, recorded.open_document
+        is_new = self._index == len(shards)
         shards[self._index : self._index + 1] = [entry]
         self._writer = None
         self._reset()
         self._index += 1
         self.done = self.done or self._index == self._stop
         self.manifest = replace(self.manifest, shards=tuple(shards), seconds=self._seconds())
-        if self.done or following is not None:
+        if is_new and following is not None:
+            append_shard(self._manifest_path, self.manifest)
+        elif self.done or following is not None:
             save_manifest(self._manifest_path, self.manifest)
 
     def _seconds(self) -> float:

@@ -3,6 +3,9 @@
 It names the source and its revision, the tokenizer, and every finished shard with its counts, its
 checksum and the place in the source where the next shard begins, so a killed tokenization continues
 after the last finished shard. It is replaced atomically, so it is always whole.
+
+While shards are still being made, each is a line behind `manifest.json.shards` instead: to write all of thousands of
+entries after each of them would take seconds. Whoever reads the manifest reads these, too.
 """
 
 from __future__ import annotations
@@ -10,15 +13,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from io import BufferedWriter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from gpt2.errors import LaterVersion, UserError
-from gpt2.files import FORBID, MAX_JSON_BYTES, Count, Number, Sha256, check, parse_json, read_plain, write_whole
+from gpt2.files import (
+    FORBID,
+    MAX_JSON_BYTES,
+    Count,
+    Number,
+    Sha256,
+    check,
+    open_own,
+    parse_json,
+    read_plain,
+    write_whole,
+)
 from gpt2.tokens.tokenizer import Tokenizer, check_tokenizer, tokenizer_to_dict
 
 MANIFEST_NAME = "manifest.json"
@@ -204,6 +220,31 @@ def describe_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
     return tokenizer_to_dict(tokenizer), "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
 
 
+def _appended(path: Path) -> Path:
+    """Where the shards are listed that were finished since a manifest was written."""
+    return path.with_name(f"{path.name}.shards")
+
+
+def append_shard(path: Path, manifest: Manifest) -> None:
+    """Bring a manifest that `save_manifest` wrote up to date with its last shard, which is new."""
+    number, entry = len(manifest.shards) - 1, dataclasses.asdict(manifest.shards[-1])
+    line = json.dumps({"number": number, "seconds": manifest.seconds, "shard": entry}, ensure_ascii=False)
+    with BufferedWriter(open_own(_appended(path))) as file:
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_appended(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of `append_shard`; a last one that a kill has torn is none, and its shard is made again."""
+    try:
+        text = read_plain(_appended(path), MAX_JSON_BYTES)
+    except FileNotFoundError:
+        return []
+    where = str(_appended(path))
+    return [check(parse_json(line, where), dict[str, Any], where) for line in text.split(b"\n")[:-1]]
+
+
 def save_manifest(path: Path, manifest: Manifest) -> None:
     """Write `manifest` to `path`; whoever reads sees the old file or the new one, never a part."""
     content = {"format": "gpt2-shards", "version": _VERSION, **dataclasses.asdict(manifest)}
@@ -211,6 +252,7 @@ def save_manifest(path: Path, manifest: Manifest) -> None:
         content["statistics"] = manifest.statistics()
     data = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=False) + "\n"
     write_whole(path, data)
+    _appended(path).unlink(missing_ok=True)  # after a kill in between, its lines are of shards that the file has, too
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -231,6 +273,11 @@ def load_manifest(path: Path) -> Manifest:
         missing = {f.name for f in dataclasses.fields(Manifest)} - fields.keys()
         if missing:
             raise UserError(f"{path}: {min(missing)} is missing")
+        if not fields["complete"] and isinstance(fields["shards"], list):
+            for line in _read_appended(path):
+                if line.get("number") == len(fields["shards"]):
+                    fields["shards"].append(line.get("shard"))
+                    fields["seconds"] = line.get("seconds")
         manifest = check(fields, Manifest, str(path))
         manifest.check(str(path))
     except LaterVersion:

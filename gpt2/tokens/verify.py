@@ -59,8 +59,9 @@ def check_shard(
     eot: int | None,
     begins_document: bool = False,
     dtype: str | None = None,
+    size_only: bool = False,
 ) -> ShardCheck:
-    """Read a whole shard and compare it with its entry.
+    """Read a whole shard, or only its header and size, and compare it with its entry.
 
     Args:
         path: the shard.
@@ -69,6 +70,7 @@ def check_shard(
         eot: id that begins a document; None where there is none.
         begins_document: its first token must be `eot`, because it begins a split.
         dtype: that its manifest gives; None: any.
+        size_only: leave the content alone.
     """
     try:
         header = read_header(path)
@@ -76,6 +78,10 @@ def check_shard(
         return ShardCheck(path, problem=str(error).removeprefix(f"shard {path} "))
     if dtype is not None and header.dtype.name != dtype:
         return ShardCheck(path, header.tokens, problem=f"holds {header.dtype.name}, the manifest says {dtype}")
+    if entry is not None and header.tokens != entry.tokens:
+        return ShardCheck(path, header.tokens, problem=f"{header.tokens:,} tokens, the manifest says {entry.tokens:,}")
+    if size_only:
+        return ShardCheck(path, header.tokens)
     digest = hashlib.sha256()
     documents, largest, first = 0, -1, None
     try:
@@ -91,8 +97,6 @@ def check_shard(
     except OSError as error:
         return ShardCheck(path, header.tokens, problem=f"cannot be read: {error.strerror}")
     found = ShardCheck(path, header.tokens, documents, largest)
-    if entry is not None and header.tokens != entry.tokens:
-        return replace(found, problem=f"{header.tokens:,} tokens, the manifest says {entry.tokens:,}")
     if entry is not None and digest.hexdigest() != entry.sha256:
         return replace(found, problem="checksum differs: the file was altered")
     if n_vocab is not None and largest >= n_vocab:
@@ -104,14 +108,21 @@ def check_shard(
     return found
 
 
-def check_manifest(directory: Path, manifest: Manifest) -> Iterator[ShardCheck]:
-    """Check all shards of a manifest, several at a time; results in the manifest's order."""
+def check_manifest(directory: Path, manifest: Manifest, sizes_before_last: bool = False) -> Iterator[ShardCheck]:
+    """Check all shards of a manifest, several at a time; results in the manifest's order.
+
+    Args:
+        directory: that holds them.
+        manifest: that names them.
+        sizes_before_last: only the last shard is read whole; of the others, header and size are looked at.
+    """
     seen: set[str] = set()
     jobs: list[Callable[[], ShardCheck]] = []
     for entry in manifest.shards:
         begins = entry.split not in seen
         seen.add(entry.split)
-        jobs.append(_shard_job(directory / entry.file, entry, manifest, begins))
+        size_only = sizes_before_last and entry is not manifest.shards[-1]
+        jobs.append(_shard_job(directory / entry.file, entry, manifest, begins, size_only))
     yield from _run_threads(jobs)
 
 
@@ -120,8 +131,11 @@ def check_foreign(paths: Sequence[Path], n_vocab: int | None, eot: int | None) -
     yield from _run_threads([_foreign_job(path, n_vocab, eot) for path in paths])
 
 
-def _shard_job(path: Path, entry: ShardEntry, manifest: Manifest, begins: bool) -> Callable[[], ShardCheck]:
-    return lambda: check_shard(path, entry, manifest.tokenizer["n_vocab"], manifest.eot_token, begins, manifest.dtype)
+def _shard_job(
+    path: Path, entry: ShardEntry, manifest: Manifest, begins: bool, size_only: bool
+) -> Callable[[], ShardCheck]:
+    n_vocab, eot = manifest.tokenizer["n_vocab"], manifest.eot_token
+    return lambda: check_shard(path, entry, n_vocab, eot, begins, manifest.dtype, size_only)
 
 
 def _foreign_job(path: Path, n_vocab: int | None, eot: int | None) -> Callable[[], ShardCheck]:

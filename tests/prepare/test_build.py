@@ -20,6 +20,7 @@ from gpt2.prepare.documents import count_units
 from gpt2.prepare.workers import Part
 from gpt2.tokens.dataset import open_dataset
 from gpt2.tokens.manifest import MANIFEST_NAME, load_manifest
+from gpt2.tokens.shard_file import ShardWriter
 from gpt2.tokens.tokenizer import gpt2_tokenizer
 from gpt2.tokens.verify import check_manifest, merge_parts
 
@@ -222,6 +223,39 @@ def test_two_at_once_are_refused(tmp_path):
         with pytest.raises(UserError, match="another process is at work"):
             prepare(job(out, source), lambda line: None)
     prepare(job(out, source), lambda line: None)
+
+
+def test_continuing_looks_at_sizes_and_reads_the_last_shard(tmp_path, monkeypatch):
+    source = write_parquet(tmp_path / "source", documents(60))
+    out, said = tmp_path / "out", []
+    finish, written = ShardWriter.finish, []
+
+    def die(writer, *wanted):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(writer.path)
+        return finish(writer, *wanted)
+
+    monkeypatch.setattr(ShardWriter, "finish", die)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(job(out, source), said.append)
+    monkeypatch.undo()
+    path, lines = out / MANIFEST_NAME, out / f"{MANIFEST_NAME}.shards"
+    assert len(load_manifest(path).shards) == 5
+    assert len(json.loads(path.read_text())["shards"]) == 0
+    with open(lines, "ab") as file:
+        file.write(b'{"number": 5, "sec')  # torn by the kill
+    good = contents(out)
+    for victim in (1, 4):  # an altered byte in one of many, and in the last
+        data = bytearray(good[written[victim].name])
+        data[-1] ^= 1
+        written[victim].write_bytes(data)
+    written[2].write_bytes(good[written[2].name][:-2])
+    prepare(job(out, source), said.append)
+    assert [line.split()[0] for line in said if "missing or damaged" in line] == [written[2].name, written[4].name]
+    assert not lines.exists()
+    problems = [check.path for check in check_manifest(out, load_manifest(path)) if check.problem]
+    assert problems == [written[1]]  # `verify` reads all
 
 
 def small_files(directory: Path, count: int) -> list[str]:

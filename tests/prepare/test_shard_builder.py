@@ -55,7 +55,9 @@ def assemble(directory: Path, units: list[UnitTokens], first: int = 0, stop: int
         **{"val_tokens": None, "val_documents": None, "max_tokens": None, **options},
     )
     path = directory / MANIFEST_NAME
-    manifest = load_manifest(path) if path.exists() else Manifest("x", False, {}, tokenizer_to_dict(_GPT2()), "uint16")
+    if not path.exists():
+        save_manifest(path, Manifest("x", False, {}, tokenizer_to_dict(_GPT2()), "uint16"))
+    manifest = load_manifest(path)
     start = manifest.shards[first - 1].next if first else SourcePosition()
     with ShardBuilder(layout, manifest, path, first, stop) as builder:
         for number in range(start.unit, len(units)):
@@ -217,7 +219,8 @@ def test_failure_leaves_finished_shards_and_no_temporary_file(tmp_path, monkeypa
         patch.setattr(ShardWriter, "_write", full_disk)
         with pytest.raises(OSError, match="No space"):
             assemble(tmp_path, units, shard_tokens=6, val_documents=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [MANIFEST_NAME, "x_train_000001.npy", "x_val_000000.npy"]
+    manifest_files = [MANIFEST_NAME, f"{MANIFEST_NAME}.shards"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*manifest_files, "x_train_000001.npy", "x_val_000000.npy"]
     saved = load_manifest(tmp_path / MANIFEST_NAME)
     assert [entry.tokens for entry in saved.shards] == [4, 6]
     assert not saved.complete

@@ -14,6 +14,7 @@ from gpt2.prepare.small_dataset import write_dataset
 from gpt2.tokens.manifest import (
     MANIFEST_NAME,
     Manifest,
+    append_shard,
     foreign_fingerprint,
     length_bin,
     load_manifest,
@@ -84,3 +85,39 @@ def test_fingerprints_are_of_the_tokens(tmp_path):
     assert dataclasses.replace(manifest, name="y", source={}, seconds=3.0).fingerprint == manifest.fingerprint
     assert dataclasses.replace(manifest, dtype="uint32").fingerprint != manifest.fingerprint
     assert foreign_fingerprint([("a", 1)]) != foreign_fingerprint([("a", 2)])
+
+
+def test_a_finished_shard_is_a_line_and_the_manifest_is_not_written_again(tmp_path):
+    finished = write_dataset(tmp_path, TOKENS, TOKENS[:10], gpt2_tokenizer(), shard_tokens=300).manifest
+    path, lines = tmp_path / MANIFEST_NAME, tmp_path / f"{MANIFEST_NAME}.shards"
+    parts = [dataclasses.replace(finished, complete=False, shards=finished.shards[:n], seconds=n) for n in range(6)]
+    save_manifest(path, parts[1])
+    before = path.read_bytes()
+    for number in (2, 3):
+        append_shard(path, parts[number])
+        assert load_manifest(path) == parts[number]
+    assert path.read_bytes() == before
+    assert len(lines.read_text().splitlines()) == 2
+
+    kept = lines.read_bytes()
+    append_shard(path, parts[4])
+    torn = lines.read_bytes()
+    for cut in (len(kept) + 1, len(torn) - 1):  # a kill while it was written: that shard is made again
+        lines.write_bytes(torn[:cut])
+        assert load_manifest(path) == parts[3]
+    lines.write_bytes(kept.replace(b'"tokens"', b'"tonkes"'))
+    with pytest.raises(UserError, match="restore it, or tokenize again"):
+        load_manifest(path)
+    lines.write_bytes(b"no JSON\n" + kept)
+    with pytest.raises(UserError, match=r"manifest.json.shards is not JSON .*restore it, or tokenize again"):
+        load_manifest(path)
+
+    save_manifest(path, parts[4])
+    assert not lines.exists()
+    lines.write_bytes(torn)  # a kill before they were removed: the manifest holds them already
+    assert load_manifest(path) == parts[4]
+    append_shard(path, parts[5])
+    assert load_manifest(path) == parts[5]
+    save_manifest(path, finished)
+    lines.write_bytes(torn)
+    assert load_manifest(path) == finished
