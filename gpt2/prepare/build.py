@@ -64,7 +64,7 @@ def _prepare(job: Job, say: Callable[[str], None]) -> Manifest:
             if manifest.complete and not missing:
                 say(f"{job.directory} is complete and verified: {totals(manifest)}")
                 return manifest
-            save_manifest(job.manifest_path, manifest)  # with the shards that a kill left in lines behind it
+            save_manifest(job.manifest_path, earlier)  # with the shards that a kill left in lines behind it
         else:
             _refuse_strangers(job)
             manifest, missing = new_manifest(job, fetcher, say), []

@@ -7,13 +7,14 @@ modded-nanogpt make them, is read by its files' names and headers.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from gpt2.errors import UserError
-from gpt2.files import READING, read_at
+from gpt2.files import READING, read_at, read_plain
 from gpt2.tokens.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -66,11 +67,11 @@ class TokenStream:
 
     def __init__(self, paths: Iterable[Path], headers: Iterable[ShardHeader]) -> None:
         self.paths = tuple(paths)
-        self._headers = tuple(headers)
+        self.headers = tuple(headers)
         self._starts = [0]
-        for header in self._headers:
+        for header in self.headers:
             self._starts.append(self._starts[-1] + header.tokens)
-        self.dtype = self._headers[0].dtype if self._headers else np.dtype("uint16")
+        self.dtype = self.headers[0].dtype if self.headers else np.dtype("uint16")
         self._open = lru_cache(_may_stay_open())(_OpenFile)
 
     def __len__(self) -> int:
@@ -108,13 +109,13 @@ class TokenStream:
         while done < len(result):
             shard = bisect_right(self._starts, start + done) - 1
             offset = start + done - self._starts[shard]
-            count = min(self._headers[shard].tokens - offset, len(result) - done)
+            count = min(self.headers[shard].tokens - offset, len(result) - done)
             self._fill(shard, offset, result[done : done + count])
             done += count
         return result
 
     def _fill(self, shard: int, offset: int, out: np.ndarray) -> None:
-        position = self._headers[shard].offset + offset * out.itemsize
+        position = self.headers[shard].offset + offset * out.itemsize
         try:
             view = out.data.cast("B")
             file = self._open(self.paths[shard])
@@ -150,6 +151,11 @@ class Dataset:
     fingerprint: str
     vocab_size: int | None
 
+    def at(self, directory: Path) -> Dataset:
+        """The same data set where another process has it, without a look at it."""
+        streams = (TokenStream([directory / p.name for p in s.paths], s.headers) for s in (self.train, self.val))
+        return replace(self, directory=directory, train=next(streams), val=next(streams))
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the shards; GPT-2's where no manifest says so and ids are uint16."""
         if self.manifest is not None:
@@ -157,6 +163,20 @@ class Dataset:
         if self.train.dtype.itemsize != 2:
             raise UserError(f"{self.directory} holds uint32 ids: not GPT-2's, and no manifest names whose")
         return gpt2_tokenizer()
+
+
+def outline(directory: Path) -> str:
+    """What tells two copies of a data set apart without opening a shard: its manifest, or its files' names and sizes.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    try:
+        if (directory / MANIFEST_NAME).exists():
+            return hashlib.sha256(read_plain(directory / MANIFEST_NAME)).hexdigest()
+        return foreign_fingerprint(sorted((file.name, file.stat().st_size) for file in directory.iterdir()))
+    except OSError as error:
+        raise UserError(f"cannot read the data set {directory}: {error.strerror}") from None
 
 
 def makers_command(directory: Path) -> str:

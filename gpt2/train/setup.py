@@ -47,7 +47,7 @@ from gpt2.model.gpt import GPT
 from gpt2.precision import make_deterministic, resolve_dtype, set_matmul_precision
 from gpt2.presets import presets
 from gpt2.progress import columns_of, wrapped
-from gpt2.tokens.dataset import Dataset, open_dataset
+from gpt2.tokens.dataset import Dataset, open_dataset, outline
 from gpt2.tokens.loader import Blocks
 from gpt2.tokens.tokenizer import Tokenizer
 from gpt2.train.evaluation import Evaluator
@@ -106,7 +106,7 @@ def set_up(config: Config, world: World) -> Run:
     config = replace(config, model=origin.model, optim=optim, run=with_possible_prompt(run, tokenizer, say))
     train_blocks, val_blocks, plan = world.agree(lambda: plan_run(config, world, dataset, tokenizer, dtype))
 
-    facts = environment(world.device, world.size)
+    facts = world.on_main(lambda: environment(world.device, world.size))  # runs git
     claimed: list[tuple[FileIO, Checkpoint | None]] = []  # what stays in rank 0
 
     # The newest checkpoint that any machine has: without a shared directory, rank 0's may be behind.
@@ -216,17 +216,27 @@ def with_possible_prompt(run: RunConfig, tokenizer: Tokenizer, say: Callable[[st
 
 
 def open_data(config: Config, world: World) -> tuple[Dataset, Tokenizer]:
-    """Open the data set, the same one in every process, and its tokenizer."""
-    dataset = world.agree(lambda: open_dataset(config.data.data))
-    tokenizer: Tokenizer = world.agree(dataset.tokenizer)
-    fingerprint = world.on_main(lambda: dataset.fingerprint)
+    """Open the data set, the same one in every process, and its tokenizer.
+
+    Rank 0 reads the manifest and thousands of headers, and tells the others, who would queue for them on a shared
+    disk. One process of each machine makes sure that its own copy is the same.
+    """
+    directory = config.data.data
+
+    def open_once() -> tuple[Dataset, str]:
+        dataset = open_dataset(directory)
+        if dataset.manifest is not None:  # of which megabytes describe shards that are open now
+            dataset = replace(dataset, manifest=replace(dataset.manifest, shards=()))
+        return dataset, outline(directory)
 
     def compare() -> None:
-        if dataset.fingerprint != fingerprint:
-            raise UserError(f"{config.data.data} holds other data for rank {world.rank} than for rank 0; copy rank 0's")
+        alike = world.is_main or world.local_rank > 0 or outline(directory) == expected
+        if not alike and open_dataset(directory).fingerprint != dataset.fingerprint:
+            raise UserError(f"{directory} holds other data for rank {world.rank} than for rank 0; copy rank 0's")
 
+    dataset, expected = world.on_main(open_once)
     world.agree(compare)
-    return dataset, tokenizer
+    return dataset.at(directory), world.agree(dataset.tokenizer)
 
 
 def plan_run(

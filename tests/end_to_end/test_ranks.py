@@ -139,6 +139,14 @@ def test_what_one_rank_cannot_read_ends_both(two_ranks: tuple[Path, list[dict[st
         assert f["unreadable_val_blocks"] == ["UserError: this shard is gone", 3]
 
 
+def test_rank_0_does_the_work_of_starting_for_all(two_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    first, second = (f["work at start"] for f in two_ranks[1])
+    assert (
+        first["files of the data set opened"] == 6
+    )  # manifest and four headers, and once more what tells copies apart
+    assert set(second.values()) == {0}
+
+
 def test_the_world_agrees(two_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     first, second = two_ranks[1]
     assert [first["agreed"], second["agreed"]] == [0, 10]

@@ -1,24 +1,73 @@
-"""Claiming a run's directory."""
+"""What opens before a run: its data, the same for all processes; its directory, for one run at a time."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import CHARS
 from small_runs import ALONE, environment, small, train
 
-from gpt2.config import RunConfig
+from gpt2.config import Config, DataConfig, RunConfig
 from gpt2.distributed.world import World
 from gpt2.errors import UserError
 from gpt2.metrics.reference import corpus_of
 from gpt2.prepare.small_dataset import write_dataset
+from gpt2.tokens.dataset import Dataset, open_dataset, outline
+from gpt2.tokens.manifest import MANIFEST_NAME
 from gpt2.tokens.tokenizer import CharTokenizer, gpt2_tokenizer
-from gpt2.train.setup import lock_run, name_of_data, set_up, with_possible_prompt
+from gpt2.train.setup import lock_run, name_of_data, open_data, set_up, with_possible_prompt
+
+
+@dataclass(frozen=True)
+class Second(World):
+    """Rank 1 without a rank 0, whose answers are given."""
+
+    answers: tuple[Any, ...] = ()
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        return self.answers
+
+    def agree(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+def test_one_process_of_each_machine_compares_its_copy_and_none_opens_it(
+    char_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(directory: Path, local_rank: int) -> Dataset:
+        this = Second(1, local_rank, 2, torch.device("cpu"), answers=(theirs, outline(char_data)))
+        return open_data(Config(data=DataConfig(data=directory)), this)[0]
+
+    theirs = open_data(Config(data=DataConfig(data=char_data)), ALONE)[0]
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    shutil.copytree(char_data, copy)
+    write_dataset(other, np.arange(2000) % 59, np.arange(100) % 59, CharTokenizer(CHARS))
+    with pytest.raises(UserError, match="other holds other data for rank 1 than for rank 0"):
+        second(other, local_rank=0)
+    with pytest.raises(UserError, match=r"cannot read the data set .*absent"):
+        second(tmp_path / "absent", local_rank=0)
+    manifest = copy / MANIFEST_NAME
+    manifest.write_text(manifest.read_text().replace('"seconds": 0.0', '"seconds": 1.5'))
+    second(copy, local_rank=0)  # of the same tokens, which took another time
+
+    monkeypatch.setattr("gpt2.train.setup.open_dataset", lambda directory: pytest.fail("it was opened"))
+    found = second(char_data, local_rank=0)
+    second(tmp_path / "absent", local_rank=1)  # is the first's of this machine to look at
+    monkeypatch.undo()
+    assert found.train.paths == open_dataset(char_data).train.paths
+    tokens = found.train.read(0, len(found.train))
+    np.testing.assert_array_equal(second(copy, 0).train.read(0, len(tokens)), tokens)
+
 
 HOLD = "import sys, time; from pathlib import Path; from gpt2.train.setup import lock_run\n"
 HOLD += "file = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
