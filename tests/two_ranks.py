@@ -39,8 +39,8 @@ TABLE = {
     "fsdp_2x1x4": {"micro_batch_size": 1, "parallel": "fsdp", "activation_checkpointing": True},
 }
 BF16 = {
-    **{"dtype": "bf16", "micro_batch_size": 2, "max_steps": 15, "eval_every": 15, "learning_rate": 1e-3},
-    **{"num_samples": 2, "sample_prompt": "A", "sample_tokens": 8},
+    **{"dtype": "bf16", "micro_batch_size": 2, "max_steps": 5, "eval_every": 5, "learning_rate": 1e-3},
+    **{"num_samples": 1, "sample_prompt": "A", "sample_tokens": 3},
 }
 STOPPED_AT = 9
 POISONED_STEP = 3
@@ -166,12 +166,12 @@ def caught(work: Callable[[], object], *kinds: type[Exception]) -> str:
 def main() -> None:
     data, out = Path(sys.argv[1]), Path(sys.argv[2])
     found: dict[str, Any] = {}
-    work = {"files of the data set opened": 0, "programs started": 0}
+    work = {"files of the data set opened": 0, "git started": 0}
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
         opens = event == "open" and str(arguments[0]).startswith(str(data))
         work["files of the data set opened"] += opens
-        work["programs started"] += event == "subprocess.Popen"
+        work["git started"] += event == "subprocess.Popen" and arguments[0] == "git"
 
     sys.addaudithook(count)
     with joined_world("cpu") as this:
