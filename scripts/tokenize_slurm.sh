@@ -7,7 +7,7 @@
 # that dies is queued again and continues after its last finished shard. When a task finds all parts finished, it
 # merges them. The array must be 1-N, without gaps, and N must stay the same for one output directory.
 #
-# Time: a core tokenizes some 4 M tokens a second, so 32 cores need about a minute for one of 16 parts of 100 B tokens.
+# Time: a core tokenizes some 4 M tokens per second, so 32 cores need about a minute for one of 16 parts of 100 B tokens.
 # Fetching the part's 18 GB takes longer on most networks, and costs more than the cores.
 #SBATCH --job-name=tokenize
 #SBATCH --cpus-per-task=32

@@ -56,7 +56,7 @@ def load_examples(path: Path | None = None, split: str = "val", *, world: World 
             them must call this, and all raise the same error.
 
     Raises:
-        UserError: the file has a malformed line (named with its number) or none at all, or the split is to be had
+        UserError: the file has a malformed line (named with its number) or none at all, or the split was found
             nowhere.
     """
     if world is None:
