@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -136,8 +137,13 @@ def run_cli(main: Callable[[], int | None], when_full: str = "use a smaller mode
             print(f"error: {visible(str(error))[:2000]}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        sys.excepthook = lambda *_: None  # Python itself ends by the signal then, once it has tidied up
-        raise
+        code = 130
+        if os.name == "posix":  # by the signal itself; Python's own way is undone by what torch runs at its end
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError, AttributeError):
+                    stream.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
     except BrokenPipeError:
         # Python would complain again while closing stdout; give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
