@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2.config import GPTConfig
-from gpt2.errors import UserError, first_line
+from gpt2.errors import UserError
 from gpt2.model.attention import CausalSelfAttention, KVCache, rotary_tables
 from gpt2.model.attention_kernels import attention_mask, varying_backends
 from gpt2.model.hf_format import state_dict_from_hf
@@ -139,10 +139,6 @@ class GPT(nn.Module):
             state = state_dict_from_hf(tensors, config, cls.state_shapes(config))
         except UserError as error:
             raise UserError(f"{directory}: {error}") from None
-        except RuntimeError as error:
-            raise UserError(
-                f"{directory}/config.json asks for tensors that no machine holds ({first_line(error)})"
-            ) from None
         model = cls(config)
         model.load_state_dict(state)
         return model.to(device).eval()

@@ -82,7 +82,7 @@ def test_two_processes_report_what_the_library_finds(place: Path) -> None:
 def test_what_a_user_got_wrong_is_one_line(place: Path) -> None:
     done = start(place, "-m", "model", "--data", "bad.jsonl")
     assert done.returncode == 2
-    assert done.stderr == ("error: bad.jsonl, line 1: field 'activity_label' is None; it must be a string\n")
+    assert done.stderr == "error: bad.jsonl, line 1: activity_label is missing (and 4 more)\n"
     assert done.stdout == ""
 
 
@@ -90,8 +90,8 @@ def test_what_a_user_got_wrong_is_one_line(place: Path) -> None:
     ("arguments", "message"),
     [
         (("-m", "empty"), "empty"),
-        (("-m", "model", "--json", "absent/out.json"), "cannot write absent/out.json"),
-        (("-m", "model", "--per-example", "empty"), "cannot write empty"),
+        (("-m", "model", "--json", "data.jsonl/out.json"), "cannot write --json data.jsonl/out.json"),
+        (("-m", "model", "--per-example", "empty"), "--per-example empty is a directory"),
         (("-m", "model", "--token-budget", "0"), "--token-budget is 0"),
         (("-m", "model", "--limit", "0"), "limit of 0"),
     ],

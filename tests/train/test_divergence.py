@@ -20,7 +20,7 @@ from gpt2.train.step import Flags, StepNumbers
 
 def make_run(on_nonfinite: str = "stop", log_every: int = 5, grad_clip: float = 1.0, dtype: str = "fp32") -> Any:
     run = SimpleNamespace(
-        on_nonfinite=on_nonfinite, log_every=log_every, max_steps=12, seed=0, compile=False, spike_zscore=4.0
+        on_nonfinite=on_nonfinite, log_every=log_every, total_steps=12, seed=0, compile=False, spike_zscore=4.0
     )
     return SimpleNamespace(
         config=SimpleNamespace(run=run, optim=OptimConfig(learning_rate=6e-4, grad_clip=grad_clip)),

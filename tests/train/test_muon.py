@@ -307,6 +307,7 @@ def as_before_the_choice(run: Path) -> None:
     for path in (run / "config.json", *run.glob("checkpoints/*/training.json")):
         stored = json.loads(path.read_text())
         del (stored if path.name == "config.json" else stored["config"])["optim"]["muon_qkv"]
+        stored.pop("digest", None)  # which such versions did not write either
         path.write_text(json.dumps(stored))
 
 
