@@ -174,7 +174,7 @@ def read_plain(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """A plain file's content.
 
     Args:
-        path: of the file, or of a link to it.
+        path: the file, or a link to it.
         limit: bytes it may have.
 
     Raises:
@@ -361,7 +361,7 @@ def read_at(handle: int, view: memoryview, position: int) -> int:
     Args:
         handle: an open file's descriptor; where it stands does not matter, and may change.
         view: to fill, of bytes.
-        position: of the first byte to read.
+        position: offset of the first byte to read.
     """
     if hasattr(os, "preadv"):  # leaves the descriptor's own position alone, which forked processes share
         return os.preadv(handle, [view], position)

@@ -261,8 +261,8 @@ def baselines(
     Args:
         train: (N,) ids.
         val: (M,) ids.
-        tokenizer: of both.
-        args: of `parse`.
+        tokenizer: tokenizer of both texts.
+        args: the parsed command line.
 
     Returns:
         The table's rows, how each MLP was trained, and the counted bigrams' log p(b | a).

@@ -59,7 +59,7 @@ def export(checkpoint: Path, folder: Path, license_id: str) -> str:
     Args:
         checkpoint: RUN/checkpoints/step_...
         folder: not there yet, or empty.
-        license_id: of the weights, as the Hub spells it.
+        license_id: licence of the weights, as the Hub spells it.
 
     Raises:
         UserError: the checkpoint is damaged, or holds a variant that cannot be exported; the folder is taken.
@@ -204,12 +204,12 @@ def model_card(
     Nothing in it names the machine or a place on it.
 
     Args:
-        name: of the model.
+        name: the model's name.
         run: that made it.
-        step: of the checkpoint.
+        step: the checkpoint's step.
         model: the checkpoint's.
-        architecture: of `write_model`.
-        license_id: of the weights.
+        architecture: class that opens the model, as `write_model` returns it.
+        license_id: licence of the weights.
         pictures: files in the folder.
         folder: where the other files are already.
     """

@@ -26,7 +26,9 @@ class Settings:
 
 def test_values_of_their_types_pass() -> None:
     require_types(Settings())
-    require_types(Settings(rate=1, limit=7, pair=(1, 2.5), kind="y"))  # a whole number is also a float
+    whole = Settings(rate=1, limit=7, pair=(1, 2.5), kind="y")  # a whole number is also a float
+    require_types(whole)
+    assert (whole.rate, whole.limit, whole.pair) == (1, 7, (1, 2.5))  # checked, not changed
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,9 @@ def test_a_value_of_another_type_is_named(field: str, value: object, words: str)
 @pytest.mark.parametrize("value", [0.0, 0.5, 1, None])
 def test_ends_of_a_closed_range_pass(value: float | None) -> None:
     require_range(Settings(rate=value), "rate", 0.0, 1.0)  # type: ignore[arg-type]
+    if value is not None:  # and nothing further out does
+        with pytest.raises(UserError, match="rate is"):
+            require_range(Settings(rate=value + 1.001), "rate", 0.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ class _Scores:
     So the head and its logits, the largest of all, have one shape, whatever the batches': see `evaluate_hellaswag`.
 
     Args:
-        head: of the model.
+        head: the model's head.
         count: positions in all.
         device: the head's.
     """

@@ -44,7 +44,7 @@ class Contents(NamedTuple):
 
     Attributes:
         units: pieces that workers read one by one.
-        documents: of each unit, null and empty ones included, where the file's own index says so; None elsewhere.
+        documents: per unit, null and empty ones included, where the file's own index says so; None elsewhere.
     """
 
     units: int

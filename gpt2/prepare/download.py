@@ -105,7 +105,7 @@ def find_source(
         addresses: paths, globs, or one of what `parse_hub` takes. What exists here is a path.
         recorded: `source` of the manifest of an earlier run; spares the Hub the same question.
         out: directory of the shards, which are no source.
-        revision: of the repository on the Hub, where the address gives none.
+        revision: branch, tag or commit on the Hub, where the address gives none.
         column: the name of the texts in parquet and JSON.
         split_on: what divides documents in plain text; "": each file is one.
     """

@@ -23,7 +23,7 @@ class Splits(NamedTuple):
 
     Attributes:
         train: to train on.
-        validation: of the split of that name; none where there is no such split.
+        validation: files of the split `validation`; none where there is no such split.
         unread: the others, each with the reason.
         config: the configuration that says so; None where the card names none.
     """
@@ -43,7 +43,7 @@ def resolve_splits(
     is "train", all files of no other split are trained on.
 
     Args:
-        names: of all files that can be read, relative to the data set.
+        names: paths of all files that can be read, relative to the data set.
         card: content of its README.md; None: it has none.
         config: the configuration that the user chose; None: the card's default.
         where: what errors call the data set.

@@ -29,7 +29,7 @@ def save_plots(report: Mapping[str, Any], page: Path, *, log_tokens: bool = Fals
 
     Args:
         report: what `gpt2.report.content.report` returned.
-        page: whose pictures they are; another page's have other names.
+        page: the page that shows the pictures; their names begin with its name.
         log_tokens: draw tokens on a logarithmic axis.
 
     Raises:

@@ -241,7 +241,7 @@ def tokenizer_from_dict(entry: Any, where: str = "tokenizer") -> GPT2Tokenizer |
     """The tokenizer that `tokenizer_to_dict` described.
 
     Args:
-        entry: as it was read.
+        entry: the tokenizer's entry, as the file holds it.
         where: what errors call it.
 
     Raises:

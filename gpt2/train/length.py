@@ -30,9 +30,9 @@ def steps_that_fit(
         step: steps finished, with no evaluation after the last one yet; the result is at least this.
         max_steps: a limit.
         seconds: that are left.
-        step_seconds: of one step.
+        step_seconds: time that one step takes.
         eval_every: steps between evaluations, one of which follows the last step; 0: never.
-        eval_seconds: of one evaluation.
+        eval_seconds: time that one evaluation takes.
     """
 
     def cost(total: int) -> float:

@@ -76,7 +76,7 @@ def campaign(
     same: Callable[[Path, Path], None],
     kills: int,
     seed: int,
-) -> None:
+) -> int:
     """Kill a command so many times, and hold each result against the undisturbed one.
 
     Args:
@@ -101,6 +101,7 @@ def campaign(
         shutil.rmtree(place)
         lives += 1
     print(f"{killed} kills in {lives} lives, {usual:.1f} s undisturbed")
+    return killed
 
 
 def same_weights(place: Path, whole: Path) -> None:
@@ -128,7 +129,7 @@ def test_tokenizing(tmp_path: Path, kills: int) -> None:
         more = ["--tokenizer", "char", "--workers", "1", "--shard-tokens", "30000", "--val-tokens", "10000"]
         return "data/fineweb.py", ["--source", *source, "--out", str(out), *more]
 
-    campaign(tmp_path / "made", command, same_shards, kills, seed=1)
+    assert campaign(tmp_path / "made", command, same_shards, kills, seed=1) == kills
 
 
 @pytest.mark.slow
@@ -139,4 +140,4 @@ def test_training_and_saving(char_data: Path, tmp_path: Path, kills: int) -> Non
     def command(run: Path) -> tuple[str, list[str]]:
         return "train_gpt2.py", flags(small(char_data, run, dropout=0.1, **settings))
 
-    campaign(tmp_path, command, same_weights, kills, seed=2)
+    assert campaign(tmp_path, command, same_weights, kills, seed=2) == kills

@@ -71,7 +71,9 @@ def test_names_are_drawn_letter_by_letter(tmp_path: Path) -> None:
     content = report([open_run(write_run(tmp_path / str(i), **tiny())) for i in range(len(odd))])
     for run, name in zip(content["runs"], odd, strict=True):
         run["name"] = name
-    save_plots(content, tmp_path / "page.html")
+    drawn = save_plots(content, tmp_path / "page.html")
+    assert drawn
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
 def test_numbers_read_well() -> None:
